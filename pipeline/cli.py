@@ -1,0 +1,74 @@
+"""Command lines: one parser for every script, ranges checked while parsing, user errors in one line."""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: what was found, what was expected, what to do."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description (it holds commands) and shows every default."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _dashes(argument):
+    """`--data_path=x_y` -> `--data-path=x_y`: dash and underscore spell the same flag."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with both spellings of every flag, no abbreviations and defaults in the help."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashes(a) for a in args], namespace)
+
+
+def integer(low, high=None):
+    """An argparse type: an integer in [low, high]."""
+    return _ranged(int, "an integer", low, high)
+
+
+def number(low, high=None):
+    """An argparse type: a finite number in [low, high]."""
+    return _ranged(float, "a number", low, high)
+
+
+def _ranged(kind, noun, low, high):
+    bounds = f"{noun} of at least {low}" if high is None else f"{noun} from {low} to {high}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {bounds}") from None
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"found {text}, expected {bounds}")
+        return value
+
+    return parse
+
+
+def run(main):
+    """Call `main()`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

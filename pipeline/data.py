@@ -1,0 +1,139 @@
+"""A data root: images and the CSV files that describe them.
+
+ROOT/train_{fold}.csv, val_{fold}.csv, test.csv: an index column, `filename` (relative to ROOT), one 0/1 column
+per label, and optionally `patient_name`, `client_id`, `multi_class_label`. Every other column is a label, so a
+root describes itself; nothing is guessed from a path.
+"""
+
+import csv
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from pipeline.cli import UserError
+from pipeline.runtime import write_atomically
+
+NOT_LABELS = ("filename", "patient_name", "client_id", "multi_class_label")
+INDEX_NAMES = ("", "Unnamed: 0", "index")  # what csv writers call the index column
+
+
+@dataclass(frozen=True)
+class Split:
+    """One CSV file of a data root: n images and their K labels."""
+
+    path: Path  # the CSV itself
+    filenames: tuple  # n names, relative to the root
+    labels: np.ndarray  # (n, K) float32, 0 or 1
+    label_names: tuple  # K names
+    patients: tuple  # n names; the file name where the CSV has no `patient_name`
+
+    def __len__(self):
+        return len(self.filenames)
+
+    @property
+    def image_paths(self):
+        return [self.path.parent / name for name in self.filenames]
+
+
+def read_split(root, name, num_classes=None):
+    """Read ROOT/{name}.csv (name = train_0, val_0, test, ...) and check it against the images on disk.
+
+    Raises UserError if the file is missing or empty, names a missing image, holds a label that is not 0 or 1,
+    or has another number of labels than `num_classes`.
+    """
+    path = Path(root) / f"{name}.csv"
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in Path(root).glob("*.csv"))) or "no CSV at all"
+        raise UserError(f"{path}: no such file (found: {found}); make a data root with prepare_data.py")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns, rows = reader.fieldnames or [], list(reader)
+    if "filename" not in columns:
+        raise UserError(f"{path}: no column `filename` (found: {', '.join(columns) or 'an empty file'})")
+    if not rows:
+        raise UserError(f"{path}: holds no image; prepare more patients or fewer folds")
+    label_names = tuple(c for c in columns if c not in NOT_LABELS and c not in INDEX_NAMES)
+    if num_classes is not None and num_classes != len(label_names):
+        raise UserError(
+            f"--num-classes {num_classes}: {path} has {len(label_names)} labels "
+            f"({' '.join(label_names)}); give --num-classes {len(label_names)}"
+        )
+    split = Split(
+        path=path,
+        filenames=tuple(row["filename"] for row in rows),
+        labels=_labels(path, rows, label_names),
+        label_names=label_names,
+        patients=tuple(row.get("patient_name") or row["filename"] for row in rows),
+    )
+    missing = [p for p in split.image_paths if not p.is_file()]
+    if missing:
+        raise UserError(f"{path}: names {len(missing)} missing file(s), the first is {missing[0]}")
+    return split
+
+
+def _labels(path, rows, label_names):
+    labels = np.zeros((len(rows), len(label_names)), np.float32)
+    for i, row in enumerate(rows):
+        for k, name in enumerate(label_names):
+            if row[name] not in ("0", "1", "0.0", "1.0"):
+                raise UserError(f"{path}, row {i + 1}: label {name} is {row[name]!r}, expected 0 or 1")
+            labels[i, k] = float(row[name])
+    return labels
+
+
+def write_split(root, name, filenames, labels, label_names, patients):
+    """Write ROOT/{name}.csv in the layout that `read_split` reads."""
+    rows = [[i, f, *(int(v) for v in y), p]
+            for i, (f, y, p) in enumerate(zip(filenames, labels, patients, strict=True))]
+    write_csv(Path(root) / f"{name}.csv", ["", "filename", *label_names, "patient_name"], rows)
+
+
+def write_csv(path, header, rows):
+    """Write one CSV file atomically."""
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+    write_atomically(path, write)
+
+
+def center_crop(image, size):
+    """PIL image -> PIL image (size, size): the ADM recipe, as in the published `center_crop_arr`.
+
+    Halve with a box filter while the short side is at least 2 x size, bicubic until it is `size`, central crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_image(path, size=None):
+    """Read one image as uint8 (H, W, 3), cropped to (size, size) if `size` is given. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on damaged files
+        raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+    return np.asarray(image if size is None else center_crop(image, size))
+
+
+def load_images(paths, size, workers=4):
+    """Read and crop images in parallel threads: uint8 (n, size, size, 3), in the order of `paths`."""
+    with ThreadPoolExecutor(workers) as pool:
+        return np.stack(list(pool.map(lambda p: load_image(p, size), paths)))
+
+
+def check_images(paths, workers=4):
+    """Decode every image once, so that a damaged file is reported before any slow work. Raises UserError."""
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(load_image, paths):
+            pass
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half an image is an error, whatever another library has set

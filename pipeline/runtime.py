@@ -1,0 +1,58 @@
+"""What a process needs to know about itself: its rank and device, its seeds, its versions."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+
+def start(tf32=False):
+    """Join the process group that `torchrun` or `accelerate launch` describes; alone, be a group of one.
+
+    Returns accelerate's PartialState (`process_index`, `num_processes`, `device`, `wait_for_everyone`):
+    CUDA with nccl where there is a GPU, else CPU with gloo.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def stop():
+    """Leave the process group; without this every run on several processes ends with a warning."""
+    PartialState().destroy_process_group()
+
+
+def generator(seed, *where):
+    """A CPU generator that is a function of `seed` and of what the draw is for, e.g. ("posterior", step).
+
+    CPU, so that the same draw comes out on every device; never the global stream, so that no draw depends
+    on how many were made before it, on the number of processes or on the batch size.
+    """
+    digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def versions():
+    """Software, hardware and git commit of this run, for the head of its log."""
+    here = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu,
+        "cpu_threads": torch.get_num_threads(), "commit": git.stdout.strip() or "unknown",
+    }
+
+
+def write_atomically(path, write):
+    """Call `write(temporary_path)`, then rename: a job killed here leaves the previous file whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
