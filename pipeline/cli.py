@@ -15,7 +15,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Keeps the line breaks of the description (it holds commands) and shows every default."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))  # but 0 is shown
+        if hidden or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
 

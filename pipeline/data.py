@@ -1,8 +1,8 @@
 """A data root: images and the CSV files that describe them.
 
-ROOT/train_{fold}.csv, val_{fold}.csv, test.csv: an index column, `filename` (relative to ROOT), one 0/1 column
-per label, and optionally `patient_name`, `client_id`, `multi_class_label`. Every other column is a label, so a
-root describes itself; nothing is guessed from a path.
+ROOT/train_{fold}.csv, val_{fold}.csv, test.csv: an index column, `filename` (relative to ROOT), one 0/1
+column per label, and optionally `patient_name`, `client_id`, `multi_class_label`. Every other column is a
+label, so a root describes itself; nothing is guessed from a path.
 """
 
 import csv
@@ -48,7 +48,7 @@ def read_split(root, name, num_classes=None):
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in Path(root).glob("*.csv"))) or "no CSV at all"
         raise UserError(f"{path}: no such file (found: {found}); make a data root with prepare_data.py")
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         columns, rows = reader.fieldnames or [], list(reader)
     if "filename" not in columns:
@@ -103,7 +103,7 @@ def write_csv(path, header, rows):
 def center_crop(image, size):
     """PIL image -> PIL image (size, size): the ADM recipe, as in the published `center_crop_arr`.
 
-    Halve with a box filter while the short side is at least 2 x size, bicubic until it is `size`, central crop.
+    Halve with a box filter while the short side is at least 2 × size; bicubic until it is `size`; then crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -117,6 +117,8 @@ def load_image(path, size=None):
     """Read one image as uint8 (H, W, 3), cropped to (size, size) if `size` is given. Raises UserError."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip these to 255
+                raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on damaged files
         raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None

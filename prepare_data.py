@@ -1,0 +1,142 @@
+"""Make a data root: images, and CSV files that say which of them train, validate and test in each fold.
+
+    python prepare_data.py --source phantom --output data/phantom
+    python prepare_data.py --source oct-and-eye-fundus --modality oct --input FOLDER --output data/oct
+    python prepare_data.py --source oct-and-eye-fundus --modality fundus --input FOLDER --output data/fundus
+
+`phantom` draws artificial OCT scans and needs no download; docs/DATA.md says where the others come from.
+Writes ROOT/images/, ROOT/test.csv and, for each fold k, ROOT/train_{k}.csv and val_{k}.csv, split by patient.
+All or nothing: ROOT appears when it is complete.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipeline.cli import Parser, UserError, integer, number, run
+from pipeline.data import load_image, write_split
+from pipeline.splits import TEST, split_by_patient
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from. To add one: a module in sources/, a function here, a row in SOURCES."""
+
+    flags: dict  # the flags of this source -> their defaults, REQUIRED if there is none
+    open: Callable  # parsed flags -> label names, n, iterator of n times (patient, filename, labels, image);
+    # `image` is a PIL image, or the path of a file to copy as it is
+
+
+def open_phantom(args):
+    from sources import phantom
+
+    return phantom.LABELS, args.count, phantom.draw_patients(args.count, args.global_seed, args.image_size)
+
+
+def open_oct_and_eye_fundus(args):
+    from sources import oct_and_eye_fundus
+
+    records = oct_and_eye_fundus.read(args.input, args.modality)
+    return oct_and_eye_fundus.LABELS, len(records), iter(records)
+
+
+REQUIRED = None
+SOURCES = {
+    "phantom": Source({"count": 2000, "image_size": 256}, open_phantom),
+    "oct-and-eye-fundus": Source({"input": REQUIRED, "modality": REQUIRED}, open_oct_and_eye_fundus),
+}
+
+
+def main():
+    args = parse_args()
+    with built_whole(args.output) as root:
+        label_names, count, records = SOURCES[args.source].open(args)
+        records = tqdm(records, args.source, count, unit="image", disable=None)
+        filenames, labels, patients = store(records, root)
+        fold = split_by_patient(labels, patients, args.folds, args.test_fraction, args.global_seed)
+        splits = {"test": fold == TEST}
+        for k in range(args.folds):
+            splits |= {f"train_{k}": (fold != TEST) & (fold != k), f"val_{k}": fold == k}
+        for name, chosen in splits.items():
+            write_split(root, name, filenames[chosen], labels[chosen], label_names, patients[chosen])
+    print(table(labels, patients, label_names, splits | {"total": np.ones(len(fold), bool)}))
+    print(f"\n{args.output}: {len(fold)} images of {len(set(patients))} patients, {args.folds} folds")
+
+
+def store(records, root):
+    """Write every image below `root` -> filenames (n,), labels (n, K), patients (n,)."""
+    columns = []
+    for patient, filename, labels, image in records:
+        (root / filename).parent.mkdir(exist_ok=True)
+        if isinstance(image, Path):
+            load_image(image)  # a damaged file is reported here, not in the middle of a training run
+            shutil.copyfile(image, root / filename)
+        else:
+            image.save(root / filename)
+        columns.append((filename, labels, patient))
+    if not columns:
+        raise UserError("found no image in this source; check --input")
+    return tuple(np.array(column) for column in zip(*columns, strict=True))
+
+
+@contextmanager
+def built_whole(root):
+    """A temporary folder beside `root` that takes its place when the block ends well, and else disappears."""
+    target = Path(root).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output {root}: already exists; remove it or choose another")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:  # no permission, disk full
+        raise UserError(f"--output {root}: cannot be made ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def table(labels, patients, label_names, splits):
+    """Images per label (rows) and split (columns), as text."""
+    rows = [["", *splits]]
+    for k, name in enumerate(label_names):
+        rows.append([name, *(int(labels[chosen, k].sum()) for chosen in splits.values())])
+    rows.append(["no label", *(int((labels[chosen].sum(axis=1) == 0).sum()) for chosen in splits.values())])
+    rows.append(["images", *(int(chosen.sum()) for chosen in splits.values())])
+    rows.append(["patients", *(len(set(patients[chosen])) for chosen in splits.values())])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add_argument("--source", required=True, choices=SOURCES, help="where the images come from")
+    parser.add_argument("--output", required=True, metavar="ROOT", help="the data root to make")
+    parser.add_argument("--input", metavar="DIR", help="oct-and-eye-fundus: the folder with its CSV files")
+    parser.add_argument("--modality", choices=("oct", "fundus"), help="oct-and-eye-fundus: the images")
+    parser.add_argument("--count", type=integer(1), help="phantom: number of images (default: 2000)")
+    parser.add_argument("--image-size", type=integer(16, 2048), help="phantom: size in pixels (default: 256)")
+    parser.add_argument("--folds", type=integer(2), default=5, help="folds for cross-validation")
+    parser.add_argument("--test-fraction", type=number(0.01, 0.9), default=0.2, help="share of the test set")
+    parser.add_argument("--global-seed", type=integer(0), default=0, help="seed of split and phantoms")
+    args = parser.parse_args()
+    for name, source in SOURCES.items():
+        for flag, default in source.flags.items():
+            spelled, given = "--" + flag.replace("_", "-"), getattr(args, flag) is not None
+            if given and flag not in SOURCES[args.source].flags:
+                raise UserError(f"{spelled}: belongs to --source {name}, not to {args.source}; remove it")
+            if not given and name == args.source:
+                if default is REQUIRED:
+                    raise UserError(f"--source {name}: needs {spelled}")
+                setattr(args, flag, default)
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

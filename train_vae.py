@@ -1,0 +1,180 @@
+"""Train a small autoencoder and save it in diffusers' folder format (what --vae FOLDER reads).
+
+    python train_vae.py --data-path data/oct data/fundus --output vae --steps 5000
+
+It learns from random crops of every image of the data roots except those of `test.csv`, at several scales, and
+is scored (PSNR, SSIM) on the images of `test.csv`. The same command continues a stopped run.
+The loss is L1 + 0.1·(1 − SSIM) + kl-weight·KL (Zhao et al. 2017 on mixing L1 and SSIM; Kingma & Welling 2014).
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from tqdm import tqdm
+
+from pipeline import runtime
+from pipeline.cli import Parser, UserError, integer, number, run
+from pipeline.data import center_crop, load_image, load_images, read_split
+from pipeline.vae import VaeCodec, to_model_range
+
+LEARNING_RATE, WARM_UP, EMA_DECAY = 1e-3, 100, 0.999
+SCALES = (256, 256, 128, 128, 64)  # short sides, in pixels, at which an image is seen; one is drawn per crop
+
+
+def build(widths):
+    """AutoencoderKL, 8x reduction, 4 latent channels. No attention: it then treats every image size alike."""
+    levels = len(widths)
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=widths, layers_per_block=1,
+        norm_num_groups=4, mid_block_add_attention=False, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+
+
+def training_paths(root):
+    """All images of a root that are not in its test.csv; a root without folds has none."""
+    held_out = set(read_split(root, "test").filenames)
+    folds = sorted(p.stem for p in Path(root).glob("train_*.csv"))
+    names = {name for fold in folds for name in read_split(root, fold).filenames}
+    return [Path(root) / name for name in sorted(names - held_out)]
+
+
+def random_crop(image, size, draw):
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): a random place at a random scale, mirrored half of the time."""
+    side = min(image.shape[:2])
+    scale = SCALES[draw.integers(len(SCALES))]
+    window = min(side, max(size, round(size * side / scale)))
+    top, left = (draw.integers(length - window + 1) for length in image.shape[:2])
+    crop = image[top:top + window, left:left + window, :]
+    crop = np.asarray(center_crop(Image.fromarray(crop), size))
+    return crop[:, ::-1] if draw.integers(2) else crop
+
+
+def loss_terms(vae, images, draw):
+    """Images (N, 3, S, S) in [-1, 1] -> L1, 1 − SSIM, KL per latent entry in nats; one posterior sample each."""
+    posterior = vae.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=draw).to(images.device)
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return F.l1_loss(decoded, images), 1 - ssim(decoded, images, data_range=2.0), kl
+
+
+def learning_rate(step, steps):
+    """Linear warm-up, then a half cosine to zero."""
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(args, vae, ema, images, device):
+    """Run the remaining steps; the state after each `--save-every` steps lies in OUTPUT/training_state.pt."""
+    optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+    state_file, first = args.output / "training_state.pt", 0
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if state["widths"] != list(args.widths):
+            raise UserError(f"{state_file}: widths {state['widths']}, asked for {list(args.widths)}; remove it")
+        vae.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["step"]
+        print(f"continuing from step {first} of {state_file}")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=10)
+    for step in bar:
+        draw = np.random.default_rng([args.global_seed, step])  # a function of the step: resuming needs no state
+        batch = [random_crop(images[i], args.crop, draw) for i in draw.integers(len(images), size=args.batch_size)]
+        batch = to_model_range(np.stack(batch)).to(device, memory_format=torch.channels_last)
+        optimiser.param_groups[0]["lr"] = learning_rate(step, args.steps)
+        l1, dissimilarity, kl = loss_terms(vae, batch, runtime.generator(args.global_seed, "posterior", step))
+        optimiser.zero_grad(set_to_none=True)
+        (l1 + 0.1 * dissimilarity + args.kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            for mean, value in zip(ema.parameters(), vae.parameters(), strict=True):
+                mean.lerp_(value, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        if step % 20 == 0:
+            bar.set_postfix(l1=f"{l1:.4f}", ssim=f"{1 - dissimilarity:.3f}", kl=f"{kl:.2f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            state = {"model": vae.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
+                     "step": step + 1, "widths": list(args.widths)}
+            runtime.write_atomically(state_file, lambda path, state=state: torch.save(state, path))
+
+
+@torch.no_grad()
+def latent_std(vae, paths, device):
+    """Standard deviation of the latents of full images; its inverse is the scaling factor."""
+    sample = load_images(paths[:: max(1, len(paths) // 128)], 256)
+    parts = to_model_range(sample).to(device).split(8)
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in parts]).std().item()
+
+
+def score(folder, roots, sizes, device):
+    """PSNR (dB) and SSIM of reconstructions from the posterior mean, on each root's test images at each size."""
+    codec, results, picture = VaeCodec(str(folder), device), [], []
+    for root in roots:
+        paths = read_split(root, "test").image_paths
+        for size in sizes:
+            psnr, similarity = [], []
+            for start in range(0, len(paths), 8):
+                real = load_images(paths[start:start + 8], size)
+                fake = codec.decode(codec.moments(real)[0]).cpu()
+                error = (fake.float() - torch.as_tensor(real).float()).square().mean((1, 2, 3))
+                psnr += (10 * torch.log10(255**2 / error)).tolist()
+                similarity.append(len(real) * ssim(to_model_range(fake), to_model_range(real), data_range=2.0))
+                if start == 0 and size == max(sizes):
+                    picture.append(np.concatenate([*real[:4], *fake.numpy()[:4]], axis=1))
+            results.append({"root": Path(root).name, "size": size, "images": len(paths),
+                            "psnr": round(float(np.mean(psnr)), 2),
+                            "ssim": round(float(sum(similarity)) / len(paths), 4)})
+            print("{root:>10}  {size:>3} px  {images:>4} test images  PSNR {psnr:.2f} dB  SSIM {ssim:.4f}".format(
+                **results[-1]))
+    Image.fromarray(np.concatenate(picture)).save(folder / "reconstructions.png")
+    (folder / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main():
+    args = parser().parse_args()
+    device = runtime.start().device
+    paths = [path for root in args.data_path for path in training_paths(root)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.global_seed)
+    vae = build(args.widths).to(device, memory_format=torch.channels_last)
+    ema = build(args.widths).to(device)
+    ema.load_state_dict(vae.state_dict())
+    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(paths)} training images, {device}")
+    started = time.time()
+    images = [load_image(path) for path in tqdm(paths, desc="reading", unit="image", mininterval=5)]
+    train(args, vae, ema, images, device)
+    ema.register_to_config(scaling_factor=1 / latent_std(ema, paths, device))
+    ema.half().save_pretrained(args.output)
+    print(f"{args.output}: written after {(time.time() - started) / 60:.0f} minutes")
+    score(args.output, args.data_path, args.sizes, device)
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--data-path", type=Path, nargs="+", required=True, metavar="ROOT",
+                   help="prepared data roots (prepare_data.py); their test.csv is held out")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--steps", type=integer(1), default=5000, help="optimiser steps")
+    p.add_argument("--batch-size", type=integer(1), default=16, help="crops per step")
+    p.add_argument("--crop", type=integer(16, 256), default=64, help="side of a training crop, in pixels")
+    p.add_argument("--widths", type=integer(4), nargs=4, default=(8, 32, 64, 128), metavar="C",
+                   help="channels of the four levels, multiples of 4, from full to 1/8 resolution")
+    p.add_argument("--kl-weight", type=number(0), default=3e-4, help="weight of the KL term, per latent entry")
+    p.add_argument("--sizes", type=integer(16), nargs="+", default=(256, 128, 64), metavar="PIXELS",
+                   help="image sizes at which the result is scored")
+    p.add_argument("--save-every", type=integer(1), default=250, help="steps between saved states")
+    p.add_argument("--global-seed", type=integer(0), default=0, help="seed of the start weights and all draws")
+    return p
+
+
+if __name__ == "__main__":
+    run(main)
