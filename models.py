@@ -15,6 +15,7 @@ from torch import nn
 
 from automaton import LocalRule
 from automaton.rule import xavier_zero
+from pipeline.seeds import per_image
 
 
 class TimeEmbedder(nn.Module):
@@ -42,11 +43,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y):
         return self.embedding_table(y)
-
-
-def per_image(draw, shape, generator):
-    """Stack `draw(*shape, generator=g)` for each image's own generator g: (N, *shape), on the CPU."""
-    return torch.stack([draw(*shape, generator=g) for g in generator])
 
 
 class GeCA(LocalRule):

@@ -9,10 +9,8 @@ Writes ROOT/images/, ROOT/test.csv and, for each fold k, ROOT/train_{k}.csv and 
 All or nothing: ROOT appears when it is complete.
 """
 
-import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from pipeline.cli import Parser, UserError, integer, number, run
 from pipeline.data import load_image, write_split
+from pipeline.files import built_whole
 from pipeline.splits import TEST, split_by_patient
 
 
@@ -83,23 +82,6 @@ def store(records, root):
     if not columns:
         raise UserError("found no image in this source; check --input")
     return tuple(np.array(column) for column in zip(*columns, strict=True))
-
-
-@contextmanager
-def built_whole(root):
-    """A temporary folder beside `root` that takes its place when the block ends well, and else disappears."""
-    target = Path(root).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output {root}: already exists; remove it or choose another")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:  # no permission, disk full
-        raise UserError(f"--output {root}: cannot be made ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def table(labels, patients, label_names, splits):

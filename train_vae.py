@@ -23,10 +23,11 @@ from tqdm import tqdm
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, number, run
 from pipeline.data import center_crop, load_image, load_images, read_split
+from pipeline.files import write_atomically
+from pipeline.seeds import generator
 from pipeline.vae import VaeCodec, to_model_range
 
 LEARNING_RATE, WARM_UP, EMA_DECAY = 1e-3, 100, 0.999
-SCALES = (256, 256, 128, 128, 64)  # short sides, in pixels, at which an image is seen; one is drawn per crop
 
 
 def build(widths):
@@ -47,10 +48,10 @@ def training_paths(root):
     return [Path(root) / name for name in sorted(names - held_out)]
 
 
-def random_crop(image, size, draw):
+def random_crop(image, size, scales, draw):
     """uint8 (H, W, 3) -> uint8 (size, size, 3): a random place at a random scale, mirrored half of the time."""
     side = min(image.shape[:2])
-    scale = SCALES[draw.integers(len(SCALES))]
+    scale = scales[draw.integers(len(scales))]
     window = min(side, max(size, round(size * side / scale)))
     top, left = (draw.integers(length - window + 1) for length in image.shape[:2])
     crop = image[top:top + window, left:left + window, :]
@@ -88,10 +89,11 @@ def train(args, vae, ema, images, device):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=10)
     for step in bar:
         draw = np.random.default_rng([args.global_seed, step])  # a function of the step: resuming needs no state
-        batch = [random_crop(images[i], args.crop, draw) for i in draw.integers(len(images), size=args.batch_size)]
+        chosen = draw.integers(len(images), size=args.batch_size)
+        batch = [random_crop(images[i], args.crop, args.scales, draw) for i in chosen]
         batch = to_model_range(np.stack(batch)).to(device, memory_format=torch.channels_last)
         optimiser.param_groups[0]["lr"] = learning_rate(step, args.steps)
-        l1, dissimilarity, kl = loss_terms(vae, batch, runtime.generator(args.global_seed, "posterior", step))
+        l1, dissimilarity, kl = loss_terms(vae, batch, generator(args.global_seed, "posterior", step))
         optimiser.zero_grad(set_to_none=True)
         (l1 + 0.1 * dissimilarity + args.kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -104,7 +106,7 @@ def train(args, vae, ema, images, device):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             state = {"model": vae.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
                      "step": step + 1, "widths": list(args.widths)}
-            runtime.write_atomically(state_file, lambda path, state=state: torch.save(state, path))
+            write_atomically(state_file, lambda path, state=state: torch.save(state, path))
 
 
 @torch.no_grad()
@@ -169,6 +171,8 @@ def parser():
     p.add_argument("--widths", type=integer(4), nargs=4, default=(8, 32, 64, 128), metavar="C",
                    help="channels of the four levels, multiples of 4, from full to 1/8 resolution")
     p.add_argument("--kl-weight", type=number(0), default=3e-4, help="weight of the KL term, per latent entry")
+    p.add_argument("--scales", type=integer(16), nargs="+", default=(256, 256, 128, 128, 64), metavar="PIXELS",
+                   help="short sides at which images are seen; one is drawn for each crop")
     p.add_argument("--sizes", type=integer(16), nargs="+", default=(256, 128, 64), metavar="PIXELS",
                    help="image sizes at which the result is scored")
     p.add_argument("--save-every", type=integer(1), default=250, help="steps between saved states")

@@ -35,6 +35,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **options):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
 
+    def error(self, message):
+        """One line, as for every mistake of the user; argparse would print the usage first."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashes(a) for a in args], namespace)
@@ -65,10 +69,11 @@ def _ranged(kind, noun, low, high):
     return parse
 
 
-def run(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit code 2."""
+def run(main, finish=lambda: None):
+    """Call `main()`, then `finish()`; a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
+        finish()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from pipeline.cli import UserError
-from pipeline.runtime import write_atomically
+from pipeline.files import write_csv
 
 NOT_LABELS = ("filename", "patient_name", "client_id", "multi_class_label")
 INDEX_NAMES = ("", "Unnamed: 0", "index")  # what csv writers call the index column
@@ -89,15 +89,6 @@ def write_split(root, name, filenames, labels, label_names, patients):
     rows = [[i, f, *(int(v) for v in y), p]
             for i, (f, y, p) in enumerate(zip(filenames, labels, patients, strict=True))]
     write_csv(Path(root) / f"{name}.csv", ["", "filename", *label_names, "patient_name"], rows)
-
-
-def write_csv(path, header, rows):
-    """Write one CSV file atomically."""
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-    write_atomically(path, write)
 
 
 def center_crop(image, size):

@@ -1,7 +1,5 @@
-"""What a process needs to know about itself: its rank and device, its seeds, its versions."""
+"""What a process needs to know about itself: its rank, its device, its versions."""
 
-import hashlib
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,17 +21,8 @@ def start(tf32=False):
 
 def stop():
     """Leave the process group; without this every run on several processes ends with a warning."""
-    PartialState().destroy_process_group()
-
-
-def generator(seed, *where):
-    """A CPU generator that is a function of `seed` and of what the draw is for, e.g. ("posterior", step).
-
-    CPU, so that the same draw comes out on every device; never the global stream, so that no draw depends
-    on how many were made before it, on the number of processes or on the batch size.
-    """
-    digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def versions():
@@ -45,14 +34,3 @@ def versions():
         "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu,
         "cpu_threads": torch.get_num_threads(), "commit": git.stdout.strip() or "unknown",
     }
-
-
-def write_atomically(path, write):
-    """Call `write(temporary_path)`, then rename: a job killed here leaves the previous file whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""From a checkpoint and labels to images: what both samplers and the validation of train.py share.
+
+Image number k is a function of (checkpoint, seed, labels, k): every draw comes from generators keyed by its
+number, so it is the same on any number of processes and at any batch size.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion import create_diffusion, samplers
+from pipeline import checkpoint as checkpoints
+from pipeline import runtime
+from pipeline.cli import Parser, UserError, integer, number
+from pipeline.files import write_atomically, write_csv, write_text
+from pipeline.seeds import generator, per_image
+from pipeline.vae import cells_per_side, open_codec
+
+
+@torch.no_grad()
+def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, device, on_step=None):
+    """Guided ancestral sampling: labels (N, K), ids = the N image numbers -> latents (N, C, cells, cells)."""
+    noise = [generator(seed, "noise", i) for i in ids]
+    cells_of_half = [[generator(seed, half, i) for i in ids] for half in ("cells", "null cells")]
+    denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half)
+    x = per_image(torch.randn, (model.in_channels, cells, cells), noise).to(device)
+    return samplers.p_sample_loop(diffusion, denoise, x, samplers.ImageNoise(noise, device), on_step)
+
+
+def sample_images(model, codec, labels, ids, *, steps, batch_size, progress=None, **options):
+    """Yield (ids, uint8 images (n, H, W, 3)) batch by batch. `options` as in `sample_latents`."""
+    diffusion = create_diffusion(str(steps))
+    for start in range(0, len(ids), batch_size):
+        part = slice(start, start + batch_size)
+        on_step = (lambda i, p: progress.update(len(i))) if progress is not None else None
+        latents = sample_latents(model, diffusion, labels[part], ids[part], on_step=on_step, **options)
+        yield ids[part], codec.decode(latents).cpu().numpy()
+
+
+def add_flags(p, default_data_path):
+    """The flags that both sampling scripts have."""
+    p.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint written by train.py")
+    p.add_argument("--data-path", type=Path, required=True, metavar="DIR", help=default_data_path)
+    p.add_argument("--sample-dir", type=Path, default="samples", metavar="DIR", help="where the sample folder goes")
+    p.add_argument("--fold", type=integer(0), default=0, help="fold whose labels are asked for")
+    p.add_argument("--expand-ratio", type=integer(1), default=1, help="images per row of labels")
+    p.add_argument("--model", help="model name (default: the checkpoint's; another is an error)")
+    p.add_argument("--image-size", type=integer(8, 2048), help="pixels (default: the checkpoint's)")
+    p.add_argument("--num-classes", type=integer(1), help="number of labels (default: the checkpoint's)")
+    p.add_argument("--in-channels", type=integer(1), help="latent channels (default: the checkpoint's)")
+    p.add_argument("--image-space", action="store_true", default=None,
+                   help="the model diffuses pixels (default: as the checkpoint says)")
+    p.add_argument("--vae", help="ema, mse, retina or a folder (default: the checkpoint's)")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
+    p.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="denoising steps")
+    p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance; 1 is none")
+    p.add_argument("--per-proc-batch-size", type=integer(1), default=32, help="images per process and batch")
+    p.add_argument("--global-seed", type=integer(0), default=0, help="seed; image k depends on it and on k")
+    p.add_argument("--tf32", action="store_true", help="TensorFloat-32 matrix products (CUDA; faster, less exact)")
+
+
+def parser(description, data_help):
+    p = Parser(description)
+    add_flags(p, data_help)
+    return p
+
+
+def run(args, labels_of, folder_name, csv_name):
+    """Sample one image per row of labels × expand_ratio into the sample folder, and describe them in a CSV.
+
+    `labels_of(args, checkpoint)` -> labels (n, K) and their names. Stopped, the same command continues: images
+    that are there are kept, since each is a function of its number and of the settings written beside it.
+    """
+    checkpoint = checkpoints.load(args.ckpt)
+    trained = checkpoint["args"]
+    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae"):
+        checkpoints.check_flag(args.ckpt, name, getattr(args, name), trained[name])
+    labels, label_names = labels_of(args, checkpoint)
+    if list(label_names) != checkpoint["label_names"]:
+        raise UserError(f"{args.data_path}: labels {' '.join(label_names)}, but {args.ckpt} was trained on "
+                        f"{' '.join(checkpoint['label_names'])}")
+    labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
+    process = runtime.start(tf32=args.tf32)
+    codec = open_codec(trained["vae"], trained["image_space"], process.device)
+    if codec.identity != checkpoint["codec"]:
+        raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
+                        f"{checkpoint['codec']}; restore that VAE")
+    folder = args.sample_dir / sample_folder(args, trained)
+    claim(folder, settings(args, checkpoint), process)
+    images = folder / folder_name
+    model = checkpoints.build(checkpoint, args.weights).to(process.device)
+    if process.is_main_process:
+        images.mkdir(parents=True, exist_ok=True)
+        print(f"{trained['model']}, {args.weights} weights of step {checkpoint['step']}: {len(labels)} images, "
+              f"{args.num_sampling_steps} steps, guidance {args.cfg_scale}, {process.num_processes} process(es)")
+    process.wait_for_everyone()
+    wanted = range(process.process_index, len(labels), process.num_processes)
+    ids = [i for i in wanted if not (images / f"{i:06d}.png").is_file()]
+    with tqdm(total=len(ids) * args.num_sampling_steps, unit="image-step", mininterval=2,
+              disable=not process.is_main_process) as bar:
+        batches = sample_images(
+            model, codec, labels[ids], ids, steps=args.num_sampling_steps, batch_size=args.per_proc_batch_size,
+            cells=cells_per_side(trained["image_size"], codec), cfg_scale=args.cfg_scale, seed=args.global_seed,
+            device=process.device, progress=bar)
+        for numbers, pictures in batches:
+            for i, picture in zip(numbers, pictures, strict=True):
+                write_atomically(images / f"{i:06d}.png",
+                                 lambda path, p=picture: Image.fromarray(p).save(path, format="PNG"))
+    process.wait_for_everyone()
+    if process.is_main_process:
+        describe(folder, folder_name, f"{csv_name}_{args.fold}", labels.numpy().astype(int), label_names)
+        print(f"{folder}: {len(labels)} images")
+    process.wait_for_everyone()
+
+
+def sample_folder(args, trained):
+    """The published name of a sample folder."""
+    return (f"{trained['model'].replace('/', '-')}-GS-fold-{args.fold}-nstep-{args.num_sampling_steps}-"
+            f"{args.ckpt.stem}-size-{trained['image_size']}-vae-{Path(trained['vae']).name}-"
+            f"cfg-{args.cfg_scale}-seed-{args.global_seed}")
+
+
+def settings(args, checkpoint):
+    """What the pixels of a sample folder depend on, beyond its name."""
+    return {"weights": args.weights, "step": checkpoint["step"], "vae": checkpoint["codec"],
+            "run": checkpoint["run"], "label_names": checkpoint["label_names"]}
+
+
+def claim(folder, wanted, process):
+    """Write the settings beside the images, or refuse a folder that was made with others."""
+    file = folder / "settings.json"
+    found = json.loads(file.read_text()) if file.is_file() else None
+    if found is not None and found != wanted:
+        key = next(key for key in wanted if found.get(key) != wanted[key])
+        raise UserError(f"{folder}: holds images of another checkpoint ({key} {found.get(key)}, now {wanted[key]}); "
+                        "remove it or give another --sample-dir")
+    process.wait_for_everyone()  # every process has looked before one writes
+    if process.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+
+
+def describe(folder, folder_name, csv_name, labels, label_names):
+    """Write CSV_NAME.csv (the columns of a data root) and CSV_NAME.npy (labels, int (n, K)).
+
+    `multi_class_label` numbers the label combinations that occur, in lexicographic order.
+    """
+    combination = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+    rows = [[i, f"syn_{i}", f"{folder_name}/{i:06d}.png", *y, f"syn_{i}", c]
+            for i, (y, c) in enumerate(zip(labels.tolist(), combination.tolist(), strict=True))]
+    header = ["", "client_id", "filename", *label_names, "patient_name", "multi_class_label"]
+    write_csv(folder / f"{csv_name}.csv", header, rows)
+    write_atomically(folder / f"{csv_name}.npy", lambda path: np.save(open(path, "wb"), labels))  # noqa: SIM115

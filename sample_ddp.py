@@ -1,0 +1,31 @@
+"""Sample images with the labels of the training images of one fold, times --expand-ratio, to train with.
+
+    python sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0 --expand-ratio 5
+    torchrun --nproc_per_node=4 sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0
+
+`--data-path` is a latent cache (as published) or a data root. Writes SAMPLE_DIR/{name}/gen_samples/%06d.png,
+train_syn_{fold}.csv and train_syn_{fold}.npy.
+"""
+
+from pipeline import latents, runtime, sampling
+from pipeline.cli import UserError, run
+from pipeline.data import read_split
+
+
+def labels_of(args, checkpoint):
+    if (args.data_path / f"train_{args.fold}.csv").is_file():
+        split = read_split(args.data_path, f"train_{args.fold}", checkpoint["args"]["num_classes"])
+        return split.labels, split.label_names
+    cache = latents.load(args.data_path, args.fold)
+    if cache.labels.shape[1] != len(checkpoint["label_names"]):
+        raise UserError(f"{cache.path}: {cache.labels.shape[1]} labels, expected {len(checkpoint['label_names'])}")
+    return cache.labels.numpy(), cache.manifest.get("label_names", checkpoint["label_names"])
+
+
+def main():
+    args = sampling.parser(__doc__, "latent cache or data root with the labels of the fold").parse_args()
+    sampling.run(args, labels_of, "gen_samples", "train_syn")
+
+
+if __name__ == "__main__":
+    run(main, runtime.stop)

@@ -1,0 +1,309 @@
+"""Train a denoiser on the latent cache of one fold.
+
+    python train.py --model GeCA-XS --data-path data/oct --feature-path store/oct --fold 0 --vae retina \
+        --image-size 64 --global-batch-size 32 --epochs 200 --validate-every 50
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 train.py --model GeCA-S ...
+
+Writes RESULTS/{index:03d}-{model}-{fold}/: log.txt, metrics.jsonl, TensorBoard events, samples/ (a grid per
+validation), checkpoints/last_ckpt.pt and best_ckpt.pt (lowest validation KID). The same command continues a
+stopped run. Validation samples as the final sampling does: EMA weights, the labels of the fold's validation
+images, guidance; the KID is computed afresh each time.
+"""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from diffusion import create_diffusion
+from metrics.features import open_features
+from metrics.kid import polynomial_mmd
+from models import MODELS
+from pipeline import checkpoint as checkpoints
+from pipeline import latents, pictures, runs
+from pipeline.cli import Parser, UserError, integer, number, run
+from pipeline.data import load_images, read_split
+from pipeline.files import write_atomically
+from pipeline.runtime import stop
+from pipeline.sampling import sample_images
+from pipeline.seeds import generator
+from pipeline.vae import cells_per_side, open_codec
+
+LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
+NOT_SETTINGS = ("epochs", "max_minutes", "log_every", "ckpt_every", "num_workers", "cache", "results_dir")
+
+
+class Training:
+    """One run: the net, its average, the optimiser, and where they stand."""
+
+    def __init__(self, args, accelerator, cache, label_names):
+        torch.manual_seed(args.global_seed)  # start values are the only draw from the global stream
+        self.args, self.accelerator, self.cache = args, accelerator, cache
+        self.diffusion = create_diffusion()
+        self.model_args = {"model": args.model, "input_size": cache.mean.shape[-1],
+                           "num_classes": len(label_names), "in_channels": cache.mean.shape[2]}
+        net = MODELS[args.model](**{k: v for k, v in self.model_args.items() if k != "model"})
+        if args.load_from:
+            start_from(net, args.load_from, label_names)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0)
+        self.net, self.optimiser = accelerator.prepare(net, optimiser)
+        self.step, self.best_kid = 0, math.inf
+        self.batch = min(args.global_batch_size, len(cache))
+        self.steps_per_epoch = len(cache) // self.batch
+
+    @property
+    def epoch(self):
+        return self.step // self.steps_per_epoch
+
+    def images_of_step(self):
+        """Numbers of the images of the global batch: each epoch is one seeded shuffle, its remainder dropped."""
+        order = torch.randperm(len(self.cache), generator=generator(self.args.global_seed, "epoch", self.epoch))
+        start = self.step % self.steps_per_epoch * self.batch
+        return order[start:start + self.batch].tolist()
+
+    def train_step(self):
+        """One optimiser step; returns this process's share of the mean loss, so that the sum is the mean."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = list(enumerate(self.images_of_step()))[rank::processes]
+        x, t, y, noise, generators = self.draw(mine)
+        losses = self.diffusion.training_losses(
+            lambda x, t: self.net(x, t, y, generator=generators)[0], x, t, noise)["loss"]
+        share = losses.sum() / self.batch
+        self.accelerator.backward(share * processes)  # DDP averages the gradients of the processes
+        if self.args.grad_norm:
+            self.accelerator.unscale_gradients()  # published: normalised before unscaling, which undoes it in fp16
+            for p in self.net.parameters():
+                p.grad /= p.grad.norm() + 1e-8
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        update_ema(self.ema, self.accelerator.unwrap_model(self.net), self.ema_decay())
+        self.step += 1
+        return share.detach()
+
+    def draw(self, mine):
+        """Everything random about some samples of this step, each a function of (seed, step, place in the batch)."""
+        device, rows = self.accelerator.device, []
+        generators = [generator(self.args.global_seed, "train", self.step, place) for place, _ in mine]
+        for (_, image), g in zip(mine, generators, strict=True):
+            x = self.cache.draw(image, g)
+            t = torch.randint(self.diffusion.num_timesteps, (), generator=g)
+            label = self.cache.labels[image]
+            kept = torch.rand(label.shape, generator=g) >= LABEL_DROP
+            rows.append((x, t, label * kept, torch.randn(x.shape, generator=g)))
+        return *(torch.stack(column).to(device) for column in zip(*rows, strict=True)), generators
+
+    def ema_decay(self):
+        """Warm-up: early averages must forget the start, or they hold half of it after 7,000 steps."""
+        return min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
+
+    def state(self, **more):
+        net = self.accelerator.unwrap_model(self.net)
+        scaler = self.accelerator.scaler
+        return {"model": net.state_dict(), "ema": self.ema.state_dict(), "opt": self.optimiser.state_dict(),
+                "scaler": scaler.state_dict() if scaler else {}, "step": self.step, "epoch": self.epoch,
+                "best_kid": self.best_kid, "model_args": self.model_args, **more}
+
+    def restore(self, path):
+        state = checkpoints.load(path, flag="last checkpoint")
+        self.accelerator.unwrap_model(self.net).load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimiser.load_state_dict(state["opt"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best_kid = state["step"], state["best_kid"]
+
+
+def start_from(net, path, label_names):
+    """Load the averaged weights of another run (--load-from); for other labels, all but the label table."""
+    checkpoint = checkpoints.load(path, flag="--load-from")
+    weights = {key: value.float() for key, value in checkpoint["ema"].items()}
+    own = net.state_dict()
+    if checkpoint["label_names"] != list(label_names):
+        first = "y_embedder.embedding_table.0.weight"
+        weights[first] = own[first]
+        print(f"--load-from {path}: its labels are {' '.join(checkpoint['label_names'])}; the label table "
+              "starts anew")
+    odd = sorted(set(weights) ^ set(own)) or [k for k in own if own[k].shape != weights[k].shape]
+    if odd:
+        raise UserError(f"--load-from {path}: holds a {checkpoint['model_args']['model']}, whose {odd[0]} does "
+                        "not fit; give the same --model and sizes")
+    net.load_state_dict(weights)
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema ← decay · ema + (1 − decay) · net."""
+    torch._foreach_lerp_(list(ema.parameters()), [p.float() for p in net.parameters()], 1 - decay)
+
+
+class Validation:
+    """Samples with the labels of validation images, scored by KID against all validation images of the fold."""
+
+    def __init__(self, args, accelerator, codec, split):
+        self.args, self.accelerator, self.codec, self.split = args, accelerator, codec, split
+        self.features = open_features(args.features, accelerator.device)
+        self.real = load_images(split.image_paths, args.image_size, args.num_workers)
+        self.real_features = self.features(self.real)
+        chosen = torch.randperm(len(split), generator=generator(args.global_seed, "validation"))
+        self.chosen = chosen[: args.val_samples].tolist()
+
+    def __call__(self, training, folder):
+        """Sample with the EMA weights -> KID; writes the grid samples/epoch-{epoch}.png."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        ids = list(range(len(self.chosen)))[rank::processes]
+        labels = torch.as_tensor(self.split.labels[self.chosen])
+        made = []
+        with tqdm(total=len(ids) * self.args.num_sampling_steps, desc="validation", unit="image-step",
+                  mininterval=5, leave=False, disable=rank != 0) as bar:
+            for numbers, images in sample_images(
+                    training.ema, self.codec, labels[ids], ids, steps=self.args.num_sampling_steps,
+                    batch_size=32, cells=training.model_args["input_size"], cfg_scale=self.args.cfg_scale,
+                    seed=self.args.global_seed, device=self.accelerator.device, progress=bar):
+                made += list(zip(numbers, images, strict=True))
+        made = gather_object(made)
+        images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
+        if rank == 0:
+            self.write_grid(images, folder / "samples" / f"epoch-{training.epoch:05d}.png")
+        return polynomial_mmd(self.real_features, self.features(images)).item()
+
+    def write_grid(self, images, path):
+        """Real images above generated ones with the same labels."""
+        count = min(len(images), 16)
+        real = self.real[self.chosen[:count]]
+        captions = [" ".join(n for n, v in zip(self.split.label_names, self.split.labels[i], strict=True) if v)
+                    for i in self.chosen[:count]]
+        path.parent.mkdir(exist_ok=True)
+        picture = pictures.pairs(real, images[:count], captions)
+        write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def train(args, training, validation, log, about):
+    """Run until --epochs or --max-minutes; validate, save, log on the way."""
+    accelerator, total = training.accelerator, args.epochs * training.steps_per_epoch
+    started, window, losses = time.time(), time.time(), []
+
+    def save(name):
+        if accelerator.is_main_process:
+            checkpoints.save(log.folder / "checkpoints" / name, training.state(**about))
+        accelerator.wait_for_everyone()
+
+    def validate():
+        kid = validation(training, log.folder)
+        log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{args.features}] {1e3 * kid:.2f}e-3"
+                 f" ({args.val_samples} images, {args.num_sampling_steps} steps, EMA)")
+        log.metrics(training.step, kid=kid)
+        if kid < training.best_kid:
+            training.best_kid = kid
+            save("best_ckpt.pt")
+
+    bar = tqdm(initial=training.step, total=total, unit="step", mininterval=5, disable=not log.active)
+    timed_out = False
+    while training.step < total and not timed_out:
+        losses.append(training.train_step())
+        bar.update()
+        if training.step % args.log_every == 0:
+            loss = accelerator.reduce(torch.stack(losses).mean(), "sum").item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {training.step}; lower --lr or use bf16 for fp16")
+            rate = len(losses) / (time.time() - window)
+            log.text(f"epoch {training.epoch}, step {training.step}: loss {loss:.4f}, {rate:.2f} steps/s, "
+                     f"{rate * training.batch:.1f} images/s")
+            log.metrics(training.step, loss=loss, steps_per_second=rate, images_per_second=rate * training.batch)
+            losses, window = [], time.time()
+        if args.max_minutes and training.step % 5 == 0:  # all processes must agree
+            late = torch.tensor(float(time.time() - started > 60 * args.max_minutes), device=accelerator.device)
+            timed_out = accelerator.reduce(late, "sum").item() > 0
+        end_of_epoch = training.step % training.steps_per_epoch == 0
+        last = training.step == total or timed_out
+        if last or (end_of_epoch and training.epoch % args.validate_every == 0):
+            validate()
+            window = time.time()
+        if last or training.step % args.ckpt_every == 0:
+            save("last_ckpt.pt")
+    bar.close()
+    reason = f"after --max-minutes {args.max_minutes}" if timed_out else "complete"
+    log.text(f"{reason}: epoch {training.epoch}, step {training.step}, best KID {1e3 * training.best_kid:.2f}e-3")
+
+
+def main():
+    args = parser().parse_args()
+    args.validate_every = args.validate_every or args.epochs
+    validation_split = read_split(args.data_path, f"val_{args.fold}", args.num_classes)
+    training_split = read_split(args.data_path, f"train_{args.fold}", args.num_classes)
+    cache = latents.load(args.feature_path, args.fold)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    codec = open_codec(args.vae, args.image_space, accelerator.device)
+    latents.check(cache, latents.manifest_of(training_split, codec, args.image_size), codec,
+                  cells_per_side(args.image_size, codec))
+    if args.in_channels is not None and args.in_channels != codec.channels:
+        raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
+    label_names = list(training_split.label_names)
+    args.num_classes, args.in_channels = len(label_names), codec.channels
+    args.data_path, args.feature_path = str(args.data_path), str(args.feature_path)
+    settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+    folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
+    training = Training(args, accelerator, cache, label_names)
+    last = folder / "checkpoints" / "last_ckpt.pt"
+    if exists and last.is_file():
+        training.restore(last)
+    validation = Validation(args, accelerator, codec, validation_split)
+    accelerator.wait_for_everyone()  # every process has looked for the run before the first one makes it
+    log = runs.RunLog(folder, settings, accelerator.is_main_process)
+    log.text(f"run {folder}: {args.model}, {sum(p.numel() for p in training.ema.parameters()):,} parameters, "
+             f"{len(cache)} images, {training.steps_per_epoch} steps of {training.batch} per epoch, "
+             f"{accelerator.num_processes} process(es) on {accelerator.device}, {accelerator.mixed_precision}")
+    if training.step:
+        log.text(f"continuing from step {training.step}")
+    about = {"args": {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
+                      for k, v in vars(args).items()},
+             "label_names": label_names, "codec": codec.identity, "run": folder.name}
+    train(args, training, validation, log, about)
+    log.close()
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--model", choices=MODELS, default="GeCA-S", help="which denoiser")
+    p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root (labels, validation)")
+    p.add_argument("--feature-path", type=Path, required=True, metavar="DIR", help="latent cache")
+    p.add_argument("--results-dir", default="results", metavar="DIR", help="where the run folder goes")
+    p.add_argument("--load-from", metavar="FILE", help="start from the averaged weights of this checkpoint")
+    g = p.add_argument_group("data and space")
+    g.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, validate on val_{fold}")
+    g.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
+    g.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the square crop, in pixels")
+    g.add_argument("--vae", default="ema", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
+    g.add_argument("--image-space", action="store_true", help="diffuse pixels, without a VAE")
+    g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=integer(1), default=14000, help="passes over the training images")
+    g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes; 0 is never")
+    g.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
+    g.add_argument("--lr", type=number(0), default=1e-4, help="learning rate of AdamW, constant")
+    g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")
+    g.add_argument("--ema-decay", type=number(0, 1), default=0.9999, help="of the averaged weights, after warm-up")
+    g.add_argument("--global-seed", type=integer(0), default=0, help="seed of every draw")
+    g = p.add_argument_group("validation and logs")
+    g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="epochs between validations "
+                   "(default: only at the end)")
+    g.add_argument("--val-samples", type=integer(2), default=24, help="images sampled per validation")
+    g.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="steps of those samples")
+    g.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance of those samples; 1 is none")
+    g.add_argument("--features", default="retina", help="feature space of the KID (retina, or a VAE folder)")
+    g.add_argument("--log-every", type=integer(1), default=100, metavar="STEPS", help="steps between log lines")
+    g.add_argument("--ckpt-every", type=integer(1), default=1000, metavar="STEPS",
+                   help="steps between writes of last_ckpt.pt")
+    g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read validation images")
+    g.add_argument("--cache", action="store_true", help="accepted as published; latents are always in memory")
+    return p
+
+
+if __name__ == "__main__":
+    run(main, stop)
