@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from diffusion import create_diffusion
+from diffusion import create_diffusion, multiscale
 from metrics.features import open_features
 from metrics.kid import polynomial_mmd
 from models import MODELS
@@ -54,7 +54,7 @@ class Training:
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
         optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0)
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
-        self.step, self.best_kid = 0, math.inf
+        self.step, self.best_kid, self.minutes = 0, math.inf, 0.0
         self.batch = min(args.global_batch_size, len(cache))
         self.steps_per_epoch = len(cache) // self.batch
 
@@ -72,10 +72,7 @@ class Training:
         """One optimiser step; returns this process's share of the mean loss, so that the sum is the mean."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(enumerate(self.images_of_step()))[rank::processes]
-        x, t, y, noise, generators = self.draw(mine)
-        losses = self.diffusion.training_losses(
-            lambda x, t: self.net(x, t, y, generator=generators)[0], x, t, noise)["loss"]
-        share = losses.sum() / self.batch
+        share = sum(self.losses(samples).sum() for samples in self.draw(mine)) / self.batch
         self.accelerator.backward(share * processes)  # DDP averages the gradients of the processes
         if self.args.grad_norm:
             self.accelerator.unscale_gradients()  # published: normalised before unscaling, which undoes it in fp16
@@ -87,17 +84,30 @@ class Training:
         self.step += 1
         return share.detach()
 
+    def losses(self, samples):
+        """The loss (n,) of n samples on one grid."""
+        *columns, generators = zip(*samples, strict=True)
+        x, t, y, noise = (torch.stack(column).to(self.accelerator.device) for column in columns)
+        return self.diffusion.training_losses(
+            lambda x, t: self.net(x, t, y, generator=generators)[0], x, t, noise)["loss"]
+
     def draw(self, mine):
-        """Everything random about some samples of this step, each a function of (seed, step, place in the batch)."""
-        device, rows = self.accelerator.device, []
-        generators = [generator(self.args.global_seed, "train", self.step, place) for place, _ in mine]
-        for (_, image), g in zip(mine, generators, strict=True):
+        """Everything random about some samples of this step, each a function of (seed, step, place in the batch).
+
+        Returns lists of (x_0, t, labels, noise, generator), one list for each grid: with --multi-scale up to three.
+        """
+        grids = {}
+        for place, image in mine:
+            g = generator(self.args.global_seed, "train", self.step, place)
             x = self.cache.draw(image, g)
             t = torch.randint(self.diffusion.num_timesteps, (), generator=g)
+            if self.args.multi_scale:
+                x = multiscale.shrink(x, int(t))
             label = self.cache.labels[image]
             kept = torch.rand(label.shape, generator=g) >= LABEL_DROP
-            rows.append((x, t, label * kept, torch.randn(x.shape, generator=g)))
-        return *(torch.stack(column).to(device) for column in zip(*rows, strict=True)), generators
+            sample = (x, t, label * kept, torch.randn(x.shape, generator=g), g)
+            grids.setdefault(x.shape, []).append(sample)
+        return list(grids.values())
 
     def ema_decay(self):
         """Warm-up: early averages must forget the start, or they hold half of it after 7,000 steps."""
@@ -108,7 +118,7 @@ class Training:
         scaler = self.accelerator.scaler
         return {"model": net.state_dict(), "ema": self.ema.state_dict(), "opt": self.optimiser.state_dict(),
                 "scaler": scaler.state_dict() if scaler else {}, "step": self.step, "epoch": self.epoch,
-                "best_kid": self.best_kid, "model_args": self.model_args, **more}
+                "best_kid": self.best_kid, "minutes": self.minutes, "model_args": self.model_args, **more}
 
     def restore(self, path):
         state = checkpoints.load(path, flag="last checkpoint")
@@ -117,7 +127,7 @@ class Training:
         self.optimiser.load_state_dict(state["opt"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_kid = state["step"], state["best_kid"]
+        self.step, self.best_kid, self.minutes = state["step"], state["best_kid"], state["minutes"]
 
 
 def start_from(net, path, label_names):
@@ -164,7 +174,7 @@ class Validation:
                   mininterval=5, leave=False, disable=rank != 0) as bar:
             for numbers, images in sample_images(
                     training.ema, self.codec, labels[ids], ids, steps=self.args.num_sampling_steps,
-                    batch_size=32, cells=training.model_args["input_size"], cfg_scale=self.args.cfg_scale,
+                    batch_size=32, multi_scale=self.args.multi_scale, cells=training.model_args["input_size"], cfg_scale=self.args.cfg_scale,
                     seed=self.args.global_seed, device=self.accelerator.device, progress=bar):
                 made += list(zip(numbers, images, strict=True))
         made = gather_object(made)
@@ -187,9 +197,10 @@ class Validation:
 def train(args, training, validation, log, about):
     """Run until --epochs or --max-minutes; validate, save, log on the way."""
     accelerator, total = training.accelerator, args.epochs * training.steps_per_epoch
-    started, window, losses = time.time(), time.time(), []
+    started, window, losses = time.time() - 60 * training.minutes, time.time(), []
 
     def save(name):
+        training.minutes = (time.time() - started) / 60
         if accelerator.is_main_process:
             checkpoints.save(log.folder / "checkpoints" / name, training.state(**about))
         accelerator.wait_for_everyone()
@@ -204,7 +215,7 @@ def train(args, training, validation, log, about):
             save("best_ckpt.pt")
 
     bar = tqdm(initial=training.step, total=total, unit="step", mininterval=5, disable=not log.active)
-    timed_out = False
+    timed_out = 0 < args.max_minutes <= training.minutes
     while training.step < total and not timed_out:
         losses.append(training.train_step())
         bar.update()
@@ -244,6 +255,8 @@ def main():
                   cells_per_side(args.image_size, codec))
     if args.in_channels is not None and args.in_channels != codec.channels:
         raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
+    if args.multi_scale and cache.mean.shape[-1] % 4:
+        raise UserError(f"--multi-scale: the latents have {cache.mean.shape[-1]} cells per side, expected a multiple of 4")
     label_names = list(training_split.label_names)
     args.num_classes, args.in_channels = len(label_names), codec.channels
     args.data_path, args.feature_path = str(args.data_path), str(args.feature_path)
@@ -282,9 +295,11 @@ def parser():
     g.add_argument("--vae", default="ema", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
     g.add_argument("--image-space", action="store_true", help="diffuse pixels, without a VAE")
     g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
+    g.add_argument("--multi-scale", action="store_true", help="noisy steps on coarser grids (needs a multiple of 4)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=integer(1), default=14000, help="passes over the training images")
-    g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes; 0 is never")
+    g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes of "
+                   "training, those before a resumption included; 0 is never")
     g.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
     g.add_argument("--lr", type=number(0), default=1e-4, help="learning rate of AdamW, constant")
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")

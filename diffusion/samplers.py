@@ -2,7 +2,8 @@
 
 A loop calls `denoise(x, t, state) -> (out, state)` once per visited step, with the original step t (N,), and
 hands the state on. The noise of each step comes from `noise(shape)`, called once per step whether or not the
-step uses it, so that the draws do not depend on the sampler.
+step uses it, so that the draws do not depend on the sampler. `regrid(x, state, t)`, if given, is called before
+each step with its original t (an int) and may move both to another grid (diffusion/multiscale.py).
 """
 
 import numpy as np
@@ -66,11 +67,14 @@ def indices(diffusion, x):
 
 
 @torch.no_grad()
-def p_sample_loop(diffusion, denoise, x, noise, on_step=None):
+def p_sample_loop(diffusion, denoise, x, noise, on_step=None, regrid=None):
     """Ancestral sampling (DDPM alg. 2 with the learned variance): x_T (N, C, H, W) -> x_0."""
     state = None
     for i in indices(diffusion, x):
-        out, state = denoise(x, diffusion.original(i), state)
+        t = diffusion.original(i)
+        if regrid:
+            x, state = regrid(x, state, int(t[0]))
+        out, state = denoise(x, t, state)
         p = diffusion.p_mean_variance(out, x, i)
         x = p_sample(p, i, noise(x.shape[1:]))
         if on_step:
@@ -84,11 +88,14 @@ def p_sample(p, i, noise):
 
 
 @torch.no_grad()
-def ddim_sample_loop(diffusion, denoise, x, noise, eta=0.0, on_step=None):
+def ddim_sample_loop(diffusion, denoise, x, noise, eta=0.0, on_step=None, regrid=None):
     """DDIM: deterministic at eta = 0, as noisy as DDPM at eta = 1: x_T (N, C, H, W) -> x_0."""
     state = None
     for i in indices(diffusion, x):
-        out, state = denoise(x, diffusion.original(i), state)
+        t = diffusion.original(i)
+        if regrid:
+            x, state = regrid(x, state, int(t[0]))
+        out, state = denoise(x, t, state)
         p = diffusion.p_mean_variance(out, x, i)
         x = ddim_sample(diffusion, p, x, i, noise(x.shape[1:]), eta)
         if on_step:

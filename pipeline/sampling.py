@@ -5,6 +5,7 @@ number, so it is the same on any number of processes and at any batch size.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion import create_diffusion, samplers
+from diffusion import create_diffusion, multiscale, samplers
 from pipeline import checkpoint as checkpoints
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, number
@@ -22,13 +23,16 @@ from pipeline.vae import cells_per_side, open_codec
 
 
 @torch.no_grad()
-def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, device, on_step=None):
+def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, device, multi_scale=False,
+                   on_step=None):
     """Guided ancestral sampling: labels (N, K), ids = the N image numbers -> latents (N, C, cells, cells)."""
     noise = [generator(seed, "noise", i) for i in ids]
     cells_of_half = [[generator(seed, half, i) for i in ids] for half in ("cells", "null cells")]
     denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half)
-    x = per_image(torch.randn, (model.in_channels, cells, cells), noise).to(device)
-    return samplers.p_sample_loop(diffusion, denoise, x, samplers.ImageNoise(noise, device), on_step)
+    regrid = partial(multiscale.enlarge, side=cells) if multi_scale else None
+    side = cells // multiscale.reduction(int(diffusion.timestep_map[-1])) if multi_scale else cells
+    x = per_image(torch.randn, (model.in_channels, side, side), noise).to(device)
+    return samplers.p_sample_loop(diffusion, denoise, x, samplers.ImageNoise(noise, device), on_step, regrid)
 
 
 def sample_images(model, codec, labels, ids, *, steps, batch_size, progress=None, **options):
@@ -105,7 +109,7 @@ def run(args, labels_of, folder_name, csv_name):
         batches = sample_images(
             model, codec, labels[ids], ids, steps=args.num_sampling_steps, batch_size=args.per_proc_batch_size,
             cells=cells_per_side(trained["image_size"], codec), cfg_scale=args.cfg_scale, seed=args.global_seed,
-            device=process.device, progress=bar)
+            device=process.device, multi_scale=trained["multi_scale"], progress=bar)
         for numbers, pictures in batches:
             for i, picture in zip(numbers, pictures, strict=True):
                 write_atomically(images / f"{i:06d}.png",
