@@ -62,8 +62,8 @@ def main():
 
     for s, size in zip(generated, sizes, strict=True):
         if size < FEW:
-            print(f"warning: {s.name}: {len(s.paths)} generated and {len(real.paths)} real images, in subsets "
-                  f"of {size}, are few: KID spreads widely, mind the ± and the noise floor", file=sys.stderr)
+            print(f"warning: {s.name}: {len(s.paths)} generated and {len(real.paths)} real images, in subsets of",
+                  f"{size}, are few: KID spreads widely, mind the ± and the noise floor", file=sys.stderr)
     rows = score(real, training, generated, sizes, spaces, args)
     report = {
         "fold": args.fold, "image_size": args.image_size, "real": str(args.real), "seed": args.global_seed,

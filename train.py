@@ -42,7 +42,7 @@ NOT_SETTINGS = ("epochs", "max_minutes", "log_every", "ckpt_every", "num_workers
 class Training:
     """One run: the net, its average, the optimiser, and where they stand."""
 
-    def __init__(self, args, accelerator, cache, label_names):
+    def __init__(self, args, accelerator, cache, label_names, codec):
         torch.manual_seed(args.global_seed)  # start values are the only draw from the global stream
         self.args, self.accelerator, self.cache = args, accelerator, cache
         self.diffusion = create_diffusion()
@@ -50,7 +50,7 @@ class Training:
                            "num_classes": len(label_names), "in_channels": cache.mean.shape[2]}
         net = MODELS[args.model](**{k: v for k, v in self.model_args.items() if k != "model"})
         if args.load_from:
-            start_from(net, args.load_from, label_names)
+            start_from(net, args.load_from, label_names, codec)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
         optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0)
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
@@ -75,7 +75,8 @@ class Training:
         share = sum(self.losses(samples).sum() for samples in self.draw(mine)) / self.batch
         self.accelerator.backward(share * processes)  # DDP averages the gradients of the processes
         if self.args.grad_norm:
-            self.accelerator.unscale_gradients()  # published: normalised before unscaling, which undoes it in fp16
+            # Published: normalised before unscaling, so that under fp16 Adam sees values near its epsilon.
+            self.accelerator.unscale_gradients()
             for p in self.net.parameters():
                 p.grad /= p.grad.norm() + 1e-8
         self.optimiser.step()
@@ -130,9 +131,12 @@ class Training:
         self.step, self.best_kid, self.minutes = state["step"], state["best_kid"], state["minutes"]
 
 
-def start_from(net, path, label_names):
+def start_from(net, path, label_names, codec):
     """Load the averaged weights of another run (--load-from); for other labels, all but the label table."""
     checkpoint = checkpoints.load(path, flag="--load-from")
+    if checkpoint["codec"] != codec.identity:
+        raise UserError(f"--load-from {path}: was trained on latents of {checkpoint['codec']}, --vae is {codec.identity}; "
+                        "give that VAE")
     weights = {key: value.float() for key, value in checkpoint["ema"].items()}
     own = net.state_dict()
     if checkpoint["label_names"] != list(label_names):
@@ -166,17 +170,16 @@ class Validation:
 
     def __call__(self, training, folder):
         """Sample with the EMA weights -> KID; writes the grid samples/epoch-{epoch}.png."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rank, processes, args = self.accelerator.process_index, self.accelerator.num_processes, self.args
         ids = list(range(len(self.chosen)))[rank::processes]
         labels = torch.as_tensor(self.split.labels[self.chosen])
-        made = []
-        with tqdm(total=len(ids) * self.args.num_sampling_steps, desc="validation", unit="image-step",
-                  mininterval=5, leave=False, disable=rank != 0) as bar:
-            for numbers, images in sample_images(
-                    training.ema, self.codec, labels[ids], ids, steps=self.args.num_sampling_steps,
-                    batch_size=32, multi_scale=self.args.multi_scale, cells=training.model_args["input_size"], cfg_scale=self.args.cfg_scale,
-                    seed=self.args.global_seed, device=self.accelerator.device, progress=bar):
-                made += list(zip(numbers, images, strict=True))
+        options = {"steps": args.num_sampling_steps, "batch_size": 32, "cfg_scale": args.cfg_scale,
+                   "cells": training.model_args["input_size"], "multi_scale": args.multi_scale,
+                   "seed": args.global_seed, "device": self.accelerator.device}
+        with tqdm(total=len(ids) * args.num_sampling_steps, desc="validation", unit="image-step", mininterval=5,
+                  leave=False, disable=rank != 0) as bar:
+            batches = sample_images(training.ema, self.codec, labels[ids], ids, progress=bar, **options)
+            made = [pair for batch in batches for pair in zip(*batch, strict=True)]
         made = gather_object(made)
         images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
         if rank == 0:
@@ -256,13 +259,16 @@ def main():
     if args.in_channels is not None and args.in_channels != codec.channels:
         raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
     if args.multi_scale and cache.mean.shape[-1] % 4:
-        raise UserError(f"--multi-scale: the latents have {cache.mean.shape[-1]} cells per side, expected a multiple of 4")
+        raise UserError(f"--multi-scale: found {cache.mean.shape[-1]} cells per side, expected a multiple of 4")
+    if min(args.global_batch_size, len(cache)) < accelerator.num_processes:
+        raise UserError(f"--global-batch-size {args.global_batch_size}: {len(cache)} images, expected at least one "
+                        f"for each of the {accelerator.num_processes} processes")
     label_names = list(training_split.label_names)
     args.num_classes, args.in_channels = len(label_names), codec.channels
     args.data_path, args.feature_path = str(args.data_path), str(args.feature_path)
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
     folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
-    training = Training(args, accelerator, cache, label_names)
+    training = Training(args, accelerator, cache, label_names, codec)
     last = folder / "checkpoints" / "last_ckpt.pt"
     if exists and last.is_file():
         training.restore(last)

@@ -79,46 +79,63 @@ def run(args, labels_of, folder_name, csv_name):
     `labels_of(args, checkpoint)` -> labels (n, K) and their names. Stopped, the same command continues: images
     that are there are kept, since each is a function of its number and of the settings written beside it.
     """
-    checkpoint = checkpoints.load(args.ckpt)
+    checkpoint = load_matching(args)
     trained = checkpoint["args"]
-    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae"):
-        checkpoints.check_flag(args.ckpt, name, getattr(args, name), trained[name])
     labels, label_names = labels_of(args, checkpoint)
     if list(label_names) != checkpoint["label_names"]:
         raise UserError(f"{args.data_path}: labels {' '.join(label_names)}, but {args.ckpt} was trained on "
                         f"{' '.join(checkpoint['label_names'])}")
     labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
     process = runtime.start(tf32=args.tf32)
-    codec = open_codec(trained["vae"], trained["image_space"], process.device)
-    if codec.identity != checkpoint["codec"]:
-        raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
-                        f"{checkpoint['codec']}; restore that VAE")
+    codec = open_trained_codec(args, checkpoint, process.device)
     folder = args.sample_dir / sample_folder(args, trained)
     claim(folder, settings(args, checkpoint), process)
-    images = folder / folder_name
     model = checkpoints.build(checkpoint, args.weights).to(process.device)
     if process.is_main_process:
-        images.mkdir(parents=True, exist_ok=True)
         print(f"{trained['model']}, {args.weights} weights of step {checkpoint['step']}: {len(labels)} images, "
               f"{args.num_sampling_steps} steps, guidance {args.cfg_scale}, {process.num_processes} process(es)")
-    process.wait_for_everyone()
-    wanted = range(process.process_index, len(labels), process.num_processes)
-    ids = [i for i in wanted if not (images / f"{i:06d}.png").is_file()]
-    with tqdm(total=len(ids) * args.num_sampling_steps, unit="image-step", mininterval=2,
-              disable=not process.is_main_process) as bar:
-        batches = sample_images(
-            model, codec, labels[ids], ids, steps=args.num_sampling_steps, batch_size=args.per_proc_batch_size,
-            cells=cells_per_side(trained["image_size"], codec), cfg_scale=args.cfg_scale, seed=args.global_seed,
-            device=process.device, multi_scale=trained["multi_scale"], progress=bar)
-        for numbers, pictures in batches:
-            for i, picture in zip(numbers, pictures, strict=True):
-                write_atomically(images / f"{i:06d}.png",
-                                 lambda path, p=picture: Image.fromarray(p).save(path, format="PNG"))
+    options = {"steps": args.num_sampling_steps, "batch_size": args.per_proc_batch_size,
+               "cells": cells_per_side(trained["image_size"], codec), "cfg_scale": args.cfg_scale,
+               "seed": args.global_seed, "device": process.device, "multi_scale": trained["multi_scale"]}
+    write_missing(model, codec, labels, folder / folder_name, process, options)
     process.wait_for_everyone()
     if process.is_main_process:
         describe(folder, folder_name, f"{csv_name}_{args.fold}", labels.numpy().astype(int), label_names)
         print(f"{folder}: {len(labels)} images")
     process.wait_for_everyone()
+
+
+def load_matching(args):
+    """The checkpoint, after checking every flag that it already answers."""
+    checkpoint = checkpoints.load(args.ckpt)
+    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae"):
+        checkpoints.check_flag(args.ckpt, name, getattr(args, name), checkpoint["args"][name])
+    if not checkpoint.get(args.weights):
+        raise UserError(f"--weights {args.weights}: {args.ckpt} holds none; give the other")
+    return checkpoint
+
+
+def open_trained_codec(args, checkpoint, device):
+    """The very autoencoder that the checkpoint was trained with."""
+    trained = checkpoint["args"]
+    codec = open_codec(trained["vae"], trained["image_space"], device)
+    if codec.identity != checkpoint["codec"]:
+        raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
+                        f"{checkpoint['codec']}; restore that VAE")
+    return codec
+
+
+def write_missing(model, codec, labels, images, process, options):
+    """Sample this process's share of the images that are not there yet: {images}/%06d.png, each written whole."""
+    images.mkdir(parents=True, exist_ok=True)
+    wanted = range(process.process_index, len(labels), process.num_processes)
+    ids = [i for i in wanted if not (images / f"{i:06d}.png").is_file()]
+    with tqdm(total=len(ids) * options["steps"], unit="image-step", mininterval=2,
+              disable=not process.is_main_process) as bar:
+        for numbers, pictures in sample_images(model, codec, labels[ids], ids, progress=bar, **options):
+            for i, picture in zip(numbers, pictures, strict=True):
+                write_atomically(images / f"{i:06d}.png",
+                                 lambda path, p=picture: Image.fromarray(p).save(path, format="PNG"))
 
 
 def sample_folder(args, trained):
