@@ -135,8 +135,8 @@ def start_from(net, path, label_names, codec):
     """Load the averaged weights of another run (--load-from); for other labels, all but the label table."""
     checkpoint = checkpoints.load(path, flag="--load-from")
     if checkpoint["codec"] != codec.identity:
-        raise UserError(f"--load-from {path}: was trained on latents of {checkpoint['codec']}, --vae is {codec.identity}; "
-                        "give that VAE")
+        raise UserError(f"--load-from {path}: was trained on latents of {checkpoint['codec']}, but --vae is "
+                        f"{codec.identity}; give that VAE")
     weights = {key: value.float() for key, value in checkpoint["ema"].items()}
     own = net.state_dict()
     if checkpoint["label_names"] != list(label_names):

@@ -65,7 +65,7 @@ def pairs(real, generated, captions, columns=8):
 
 def caption(labels, names):
     """What an image shows: the names of its labels; labels (K,) 0 or 1, K names."""
-    return " ".join(name for name, value in zip(names, labels, strict=True) if value) or "no label"
+    return ", ".join(name for name, value in zip(names, labels, strict=True) if value) or "no label"
 
 
 def _font():

@@ -1,0 +1,323 @@
+"""evaluate.py as the user runs it, and pipeline/pictures.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from metrics import features as feature_spaces
+from metrics.kid import kid
+from pipeline.cli import run
+from pipeline.data import load_images, read_split, write_split
+from pipeline.pictures import caption, grid, pairs
+from train_vae import build
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LABELS = ("AMD", "DME")
+SIZE = 16
+
+
+def draw(n, seed, contrast=60):
+    """n noisy images, uint8 (n, SIZE, SIZE, 3)."""
+    values = np.random.default_rng(seed).normal(128, contrast, (n, SIZE, SIZE, 3))
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def save(images, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+    return [f"{folder.name}/{i:06d}.png" for i in range(len(images))]
+
+
+def combinations(n):
+    """Labels (n, 2): none, AMD, DME, both, none, ..."""
+    return np.array([[i & 1, i >> 1 & 1] for i in range(n)])
+
+
+def save_generated(folder, images, fold=0, label_names=LABELS):
+    names = save(images, folder / "gen_samples_val")
+    write_split(folder, f"val_syn_{fold}", names, combinations(len(names)), label_names, names)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A data root, two sample folders (one like the real images, one of low contrast) and a feature space."""
+    folder = tmp_path_factory.mktemp("world")
+    names = save(draw(60, 0), folder / "root" / "images")
+    for split, part in (("train_0", slice(0, 40)), ("val_0", slice(40, 60))):
+        labels = combinations(60)[part]
+        write_split(folder / "root", split, names[part], labels, LABELS, names[part])
+    save_generated(folder / "good", draw(16, 1))
+    save_generated(folder / "bad", draw(24, 2, contrast=30))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build((4, 4, 8, 8)).save_pretrained(folder / "vae")
+    feature_spaces.fit(str(folder / "vae"), read_split(folder / "root", "train_0").image_paths, (SIZE,))
+    return folder
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    return shutil.copytree(world, tmp_path / "world")
+
+
+def flags(world, *more, gen=("good",)):
+    """The command line; a flag in `more` that is there already overrides it."""
+    return [str(a) for a in ("--fold", 0, "--image-size", SIZE, "--real", world / "root", "--features",
+                             world / "vae", "--device_list", "cpu", *more, "--gen", *(world / g for g in gen))]
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Run evaluate.py in this process (an import less) -> exit code, stdout, stderr."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        code = 0
+        try:
+            run(evaluate.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def report(folder, fold=0):
+    return json.loads((folder / f"metrics_{fold}.json").read_text())
+
+
+# ---- from end to end
+
+def test_end_to_end(world, tmp_path):
+    command = flags(world, "--output", tmp_path / "out", "--global_seed", 3, gen=("good", "bad"))
+    result = subprocess.run([sys.executable, "evaluate.py", *command], cwd=REPOSITORY, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "metrics_0.json", "metrics_0.txt", "real_vs_generated_0.png"}
+
+    rows = report(tmp_path / "out")["rows"]
+    assert [(r["set"], r["images"], r["real"], r["subset_size"]) for r in rows] == [
+        ("real: train_0", 20, 20, 4), ("real: train_0", 20, 20, 6), ("good", 16, 20, 4), ("bad", 24, 20, 6)]
+    features = feature_spaces.open_features(str(world / "vae"))
+    real = features(load_images(read_split(world / "root", "val_0").image_paths, SIZE))
+    for row, generated in ((rows[2], draw(16, 1)), (rows[3], draw(24, 2, contrast=30))):
+        found = row["kid"][features.name]
+        expected = kid(real, features(generated), row["subset_size"], 100, seed=3)
+        assert (found["mean"], found["std"]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert report(tmp_path / "out")["features"] == {features.name: features.identity}
+    scores = [r["kid"][features.name]["mean"] for r in rows]
+    assert max(map(abs, scores[:3])) < 0.1 * scores[3]  # like the real ones: near the noise floor
+
+    text = (tmp_path / "out" / "metrics_0.txt").read_text()
+    assert text in result.stdout
+    header, *lines = text.splitlines()[1:]
+    assert f"KID[{features.name}] x1e-3" in header
+    assert f"{1e3 * scores[3]:.2f} ± {1e3 * rows[3]['kid'][features.name]['std']:.2f}" in lines[3]
+    assert all(line.endswith(" 3") for line in lines)  # the seed
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and "good: 16 generated and 20 real" in warnings[0]
+
+
+def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
+    """Run twice, the second time on two devices: the same numbers; the first run's picture is no sample."""
+    flat = copy / "flat"
+    save(draw(16, 1), flat)
+    code, out, _ = in_process(*flags(copy, gen=("flat",)))
+    assert code == 0 and "taking 16 PNG files" in out
+    first = report(flat)["rows"]
+    code, out, _ = in_process(*flags(copy, "--device-list", "cpu", "cpu", gen=("flat", "good")))
+    assert code == 0 and "taking 16 PNG files" in out
+    second = report(flat)["rows"]
+    name = next(iter(first[0]["kid"]))
+    for a, b in ((first[0], second[0]), (first[1], second[1]), (second[1], second[2])):
+        assert a["kid"][name]["mean"] == pytest.approx(b["kid"][name]["mean"], abs=1e-4)
+
+
+def test_another_seed_draws_others(copy, in_process):
+    assert in_process(*flags(copy))[0] == 0
+    first = report(copy / "good")
+    assert in_process(*flags(copy, "--global-seed", 1))[0] == 0
+    second = report(copy / "good")
+    assert second["seed"] == 1
+    for a, b in zip(first["rows"], second["rows"], strict=True):
+        assert a["kid"] != b["kid"]
+
+
+def test_images_without_csv(copy, in_process):
+    """gen_samples_val is taken, gen_samples beside it never is."""
+    (copy / "good" / "val_syn_0.csv").unlink()
+    save(draw(30, 5), copy / "good" / "gen_samples")
+    code, out, _ = in_process(*flags(copy))
+    assert code == 0 and "no val_syn_0.csv; taking 16 PNG files" in out and "gen_samples_val" in out
+    assert report(copy / "good")["rows"][1]["images"] == 16
+
+
+def test_subset_size_flag(copy, in_process):
+    assert in_process(*flags(copy, "--subset-size", 9))[0] == 0
+    assert {r["subset_size"] for r in report(copy / "good")["rows"]} == {9}
+
+
+def test_spaces_have_their_own_columns(copy, in_process):
+    shutil.copytree(copy / "vae", copy / "vae2")
+    code, out, _ = in_process(*flags(copy, "--features", copy / "vae", copy / "vae2"))
+    assert code == 0
+    assert list(report(copy / "good")["rows"][0]["kid"]) == ["vae:vae", "vae:vae2"]
+    assert "KID[vae:vae] x1e-3" in out and "KID[vae:vae2] x1e-3" in out
+    shutil.copytree(copy / "vae", copy / "other" / "vae")
+    code, _, err = in_process(*flags(copy, "--features", copy / "vae", copy / "other" / "vae"))
+    assert code == 2 and "two spaces" in err
+
+
+# ---- mistakes: one line, exit code 2, nothing computed, nothing written
+
+def wrong_size(copy):
+    Image.new("RGB", (24, 16)).save(copy / "good" / "gen_samples_val" / "000007.png")
+
+
+def unreadable(copy):
+    file = copy / "good" / "gen_samples_val" / "000015.png"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def unreadable_real(copy):
+    (copy / "root" / "images" / "000050.png").write_bytes(b"not an image")
+
+
+def no_images(copy):
+    shutil.rmtree(copy / "good")
+    save(draw(16, 1), copy / "good" / "gen_samples")
+
+
+def other_fold(copy):
+    (copy / "good" / "val_syn_0.csv").rename(copy / "good" / "val_syn_1.csv")
+
+
+def other_labels(copy):
+    save_generated(copy / "good", draw(16, 1), label_names=("AMD", "CNV"))
+
+
+def few_images(copy):
+    save_generated(copy / "good", draw(7, 1))
+
+
+def many_images(copy):
+    save_generated(copy / "good", draw(84, 1))
+
+
+def no_scale(copy):
+    (copy / "vae" / feature_spaces.SCALE_FILE).unlink()
+
+
+def nothing(copy):
+    pass
+
+
+@pytest.mark.parametrize("damage, more, parts", [
+    (nothing, ["--fold", "8"], ["val_8.csv", "val_0.csv"]),
+    (nothing, ["--image-size", "32"], ["16 × 16 pixels", "expected 32 × 32", "--image-size"]),
+    (wrong_size, [], ["000007.png", "24 × 16 pixels", "expected 16 × 16"]),
+    (unreadable, [], ["000015.png", "cannot be read"]),
+    (unreadable_real, [], ["000050.png", "cannot be read"]),
+    (no_images, [], ["--gen", "no image in it", "sample_ddp_val.py"]),
+    (shutil.rmtree, [], ["val_0.csv"]),
+    (other_fold, [], ["val_syn_0.csv", "val_syn_1.csv"]),
+    (other_labels, [], ["AMD CNV", "AMD DME"]),
+    (few_images, [], ["subsets of 1", "7 generated", "generate 8"]),
+    (many_images, [], ["subsets of 21", "20 real", "--subset-size 20"]),
+    (no_scale, [], ["feature_scale", "python -m metrics.features --fit"]),
+    (nothing, ["--features", "dinov9"], ["--features dinov9", "retina"]),
+    (nothing, ["--device-list", "cuda:99"], ["cuda:99", "--device-list"]),
+    (nothing, ["--device-list", "gpu"], ["gpu", "cuda:N"]),
+    (nothing, ["--output", __file__], ["--output", "is a file"]),
+])
+def test_mistakes(copy, in_process, monkeypatch, damage, more, parts):
+    def slow(*_):
+        raise AssertionError("slow work began")
+
+    monkeypatch.setattr(evaluate, "extract", slow)
+    damage(copy)
+    before = sorted(copy.rglob("*"))
+    code, out, err = in_process(*flags(copy, *more))
+    assert code == 2
+    assert err.startswith("evaluate.py: error: ") and err.count("\n") == 1, err
+    assert not out
+    for part in parts:
+        assert part in err
+    assert sorted(copy.rglob("*")) == before
+
+
+# ---- which images are shown
+
+def test_every_label_combination_is_shown_before_any_twice():
+    labels = np.array([[0, 0]] * 6 + [[1, 0]] * 2 + [[1, 1]])
+    order = evaluate.different(labels, [5, 3, 7, 0, 8, 1, 2, 6, 4])
+    assert order == [5, 7, 8, 3, 0, 1, 2, 6, 4]
+
+
+def test_generated_images_are_matched_by_labels():
+    wanted = np.array([[1, 0], [0, 0], [1, 0], [1, 1]])
+    labels = np.array([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]])
+    assert evaluate.match(wanted, labels, [4, 3, 2, 1, 0]) == [3, 2, 4, 1]  # the second [1, 0]: any that is left
+    assert evaluate.match(wanted, None, [2, 0, 1]) == [2, 0, 1, None]
+
+
+# ---- pictures
+
+def flat(*colours, size=10):
+    return np.stack([np.full((size, size, 3), c, np.uint8) for c in colours])
+
+
+def test_grid_enlarges_by_a_whole_factor():
+    image = draw(1, 0)[0]
+    tile = np.asarray(grid([image], tile=100))  # 16 pixels × 7 = 112
+    left = (tile.shape[1] - 112) // 2
+    assert np.array_equal(tile[left:left + 112:7, left:left + 112:7], image)
+    assert np.array_equal(tile[left + 6:left + 112:7, left + 6:left + 112:7], image)
+    assert grid(flat(0, size=200), tile=100).size == (212, 212)  # larger ones stay as they are
+
+
+def tiles(picture, size, below):
+    """Grey value at the centre of every place of a grid without titles."""
+    pixels = np.asarray(picture)[:, :, 0]
+    return pixels[6 + size // 2::size + 6 + below, 6 + size // 2::size + 6].tolist()
+
+
+def test_grid_places():
+    images = [*flat(10, 20, 30, 40), None, *flat(60)]
+    assert tiles(grid(images, columns=4, tile=20), 20, 0) == [[10, 20, 30, 40], [255, 60, 255, 255]]
+
+
+def test_captions_stand_below_their_image_and_wrap():
+    plain = np.asarray(grid(flat(200, 200), tile=60))
+    written = np.asarray(grid(flat(200, 200), ["", "AMD, DME, CNV, MEM, FLD"], tile=60))
+    added = written.shape[0] - plain.shape[0]
+    assert added > 25  # more than two lines of at least 10 pixels, since 60 pixels hold two names
+    below = written[66:66 + added]
+    assert below[:, :70].min() == 255  # nothing under the first
+    assert below[:, 72:].min() < 100
+    assert below[:, -6:].min() == 255  # nothing beyond the second
+    assert np.array_equal(written[:66], plain[:66])
+
+
+def test_pairs_put_real_above_generated():
+    real, generated = flat(10, 20, 30), flat(110, 120, 130)
+    picture = np.asarray(pairs(real, generated, ["a", "b", "c"], columns=2))[:, :, 0]
+    column = picture[:, -140]  # through the last column
+    runs = [int(v) for i, v in enumerate(column) if v not in (0, 255) and (i == 0 or column[i - 1] != v)]
+    assert [v for v in runs if v in (10, 20, 30, 110, 120, 130)] == [20, 120]
+    first = picture[:, -280]
+    assert [int(v) for v in dict.fromkeys(first.tolist()) if v in (10, 30, 110, 130)] == [10, 110, 30, 130]
+
+
+def test_caption_names_what_is_there():
+    assert caption(np.array([1, 0, 1]), ("AMD", "DME", "CNV")) == "AMD, CNV"
+    assert caption(np.array([0, 0, 0]), ("AMD", "DME", "CNV")) == "no label"
