@@ -33,7 +33,7 @@ from pipeline.files import write_atomically
 from pipeline.runtime import stop
 from pipeline.sampling import sample_images
 from pipeline.seeds import generator
-from pipeline.vae import cells_per_side, open_codec
+from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "log_every", "ckpt_every", "num_workers", "cache", "results_dir")
@@ -134,7 +134,7 @@ class Training:
 def start_from(net, path, label_names, codec):
     """Load the averaged weights of another run (--load-from); for other labels, all but the label table."""
     checkpoint = checkpoints.load(path, flag="--load-from")
-    if checkpoint["codec"] != codec.identity:
+    if not same_weights(checkpoint["codec"], codec.identity):
         raise UserError(f"--load-from {path}: was trained on latents of {checkpoint['codec']}, but --vae is "
                         f"{codec.identity}; give that VAE")
     weights = {key: value.float() for key, value in checkpoint["ema"].items()}

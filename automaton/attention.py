@@ -35,7 +35,8 @@ class _NeighbourhoodAttention(torch.autograd.Function):
     def forward(ctx, q, k, v):
         scale = q.shape[-1] ** -0.5
         logits = torch.stack([(q * key).sum(-1) for key in _views(_padded(k))], -1)  # (N, H, W, heads, 9)
-        weights = (scale * logits.float()).softmax(-1).to(q.dtype)
+        exact = torch.promote_types(q.dtype, torch.float32)  # half precision is not enough for the softmax
+        weights = (scale * logits.to(exact)).softmax(-1).to(q.dtype)
         out = torch.zeros_like(q)
         for i, value in enumerate(_views(_padded(v))):
             out.addcmul_(weights[..., i, None], value)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cli import UserError
 from pipeline.files import write_atomically, write_text
+from pipeline.vae import same_weights
 
 FORMAT = 1
 
@@ -54,8 +55,9 @@ def manifest_of(split, codec, image_size):
 
 def differences(found, expected):
     """Names of the manifest entries that differ, most telling first."""
-    return [key for key in ("format", "vae", "image_size", "label_names", "csv_sha256", "filenames")
-            if found.get(key) != expected[key]]
+    foreign = [] if same_weights(found.get("vae"), expected["vae"]) else ["vae"]
+    return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames")
+                      if found.get(key) != expected[key]]
 
 
 def folder(features_path, fold):

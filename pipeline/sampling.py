@@ -19,7 +19,7 @@ from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, number
 from pipeline.files import write_atomically, write_csv, write_text
 from pipeline.seeds import generator, per_image
-from pipeline.vae import cells_per_side, open_codec
+from pipeline.vae import cells_per_side, open_codec, same_weights
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def open_trained_codec(args, checkpoint, device):
     """The very autoencoder that the checkpoint was trained with."""
     trained = checkpoint["args"]
     codec = open_codec(trained["vae"], trained["image_space"], device)
-    if codec.identity != checkpoint["codec"]:
+    if not same_weights(codec.identity, checkpoint["codec"]):
         raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
                         f"{checkpoint['codec']}; restore that VAE")
     return codec

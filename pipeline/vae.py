@@ -5,8 +5,12 @@ a cache can tell where its latents come from), `moments(images)` and `decode(lat
 """
 
 import hashlib
+import urllib.error
+import urllib.request
+import warnings
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
 from diffusers import AutoencoderKL
 
@@ -82,21 +86,41 @@ def cells_per_side(image_size, codec):
     return image_size // codec.factor
 
 
+def same_weights(identity, other):
+    """Do two codec identities `name:hash` mean the same weights? A folder may have been renamed."""
+    return str(identity).rpartition(":")[2] == str(other).rpartition(":")[2]
+
+
 def _load(name):
     source = NAMED.get(name, name)
     local = Path(source).is_dir()
     if name not in NAMED and not local:
         raise UserError(f"--vae {name}: no such folder (expected {', '.join(NAMED)} or a diffusers VAE folder)")
-    try:
-        return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+    try:  # the cache or the folder first: it needs no network
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of diffusers' about its own call of the hub
+            return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         if local:
             reason = str(error).splitlines()[0]
             raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({reason})") from None
+    if not _reachable(hub.constants.ENDPOINT):
         raise UserError(
             f"--vae {name}: {source} is neither in the Hugging Face cache nor reachable; on a machine with a "
             f"network run `hf download {source}` and copy its cache, or use the bundled one: --vae retina"
-        ) from None
+        )
+    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+
+
+def _reachable(url):
+    """One quick question: the hub's own client asks five times and takes a minute to give up."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError:
+        return False
+    return True
 
 
 def _hash(module):

@@ -1,5 +1,7 @@
 """Shared by all tests: the repository on the path, one thread, the reference vectors."""
 
+import os
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,3 +44,39 @@ def generators(n, seed=0):
 def largest_relative(a, b):
     """Largest difference as a share of the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def run_script(*arguments, processes=1, launcher="plain"):
+    """Run a script of the repository as a user would -> CompletedProcess. One thread per process."""
+    command = [sys.executable, *map(str, arguments)]
+    if launcher == "torchrun":
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    elif launcher == "accelerate":
+        command[1:1] = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}",
+                        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeeded(done):
+    """The output of a run that must have gone well."""
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """An untrained autoencoder in diffusers' format, with the scale that its feature space needs."""
+    from metrics.features import fit
+    from train_vae import build
+
+    folder = tmp_path_factory.mktemp("tiny") / "vae"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build((4, 4, 8, 8)).save_pretrained(folder)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    paths = [folder.parent / f"{i}.png" for i in range(len(noise))]
+    for path, image in zip(paths, noise, strict=True):
+        Image.fromarray(image).save(path)
+    fit(str(folder), paths, (32,))
+    return str(folder)

@@ -1,0 +1,206 @@
+"""The automaton: its attention against a hand-written loop, the rule's locality, and two engines that agree."""
+
+import pytest
+import torch
+from conftest import fill, generators, largest_relative
+
+from automaton.attention import neighbourhood_attention
+from automaton.rule import firing_rows
+from models import MODELS, GeCA
+
+
+def small_geca(in_channels=2, steps=4):
+    """One head, every weight non-zero: the published start values would hide the whole rule behind zeros."""
+    torch.manual_seed(0)
+    model = GeCA(num_classes=3, in_channels=in_channels, width=64, mlp_width=16, hidden=5, steps=steps)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)
+    return model
+
+
+def inputs(n, h, w, channels=2, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, channels, h, w, generator=g)
+    return x, torch.randint(0, 1000, (n,), generator=g), torch.rand(n, 3, generator=g).round()
+
+
+def loop_attention(q, k, v):
+    """One cell and head at a time; outside the grid a zero key, whose logit is 0, and a zero value."""
+    n, height, width, heads, d = q.shape
+    out = torch.zeros_like(q)
+    for b, y, x, head in torch.cartesian_prod(*(torch.arange(s) for s in (n, height, width, heads))).tolist():
+        logits, values = [], []
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                inside = 0 <= y + dy < height and 0 <= x + dx < width
+                key = k[b, y + dy, x + dx, head] if inside else torch.zeros(d, dtype=q.dtype)
+                value = v[b, y + dy, x + dx, head] if inside else torch.zeros(d, dtype=q.dtype)
+                logits.append(torch.dot(q[b, y, x, head], key) / d**0.5)
+                values.append(value)
+        out[b, y, x, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+def qkv(n, h, w, heads=2, d=3, dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(n, h, w, heads, d, generator=g, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 2), (4, 5)])
+def test_attention_is_the_hand_written_loop(grid):
+    q, k, v = qkv(2, *grid)
+    torch.testing.assert_close(neighbourhood_attention(q, k, v), loop_attention(q, k, v))
+
+
+def test_attention_of_one_cell_by_hand():
+    """A lone cell gives eight ninths of its attention, at logit 0, to nothing: its value comes out as a ninth."""
+    zero, value = torch.zeros(1, 1, 1, 1, 2), torch.tensor([9.0, 18.0]).view(1, 1, 1, 1, 2)
+    assert neighbourhood_attention(zero, zero, value).flatten().tolist() == pytest.approx([1, 2])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4)])
+def test_attention_gradients(grid):
+    assert torch.autograd.gradcheck(neighbourhood_attention, qkv(2, *grid))
+
+
+def test_attention_keeps_no_nine_copies():
+    q, k, v = qkv(2, 8, 8, heads=2, d=64, dtype=torch.float32)
+    kept = []
+
+    def remember(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+        neighbourhood_attention(q, k, v)
+    assert sum(kept) == 3 * q.numel() + 9 * q.numel() // 64  # q, k, v and nine weights per cell and head
+
+
+def call(model, engine, rate, grid, n):
+    """Output, state and every gradient of one call."""
+    model.engine, model.update_rate = engine, rate
+    model.zero_grad()
+    x, t, y = inputs(n, *grid)
+    state = torch.randn(n, 9, *grid, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    x.requires_grad_()
+    out, new = model(x, t, y, state, generators(n))
+    weigh = torch.randn(new.shape, generator=torch.Generator().manual_seed(6))  # a loss that tells cells apart
+    (new * weigh).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out, "state": new, "x": x.grad, "state_in": state.grad, **grads}
+
+
+@pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("grid, n", [((1, 1), 1), ((2, 5), 3), ((7, 4), 2), ((16, 16), 1)])
+def test_engines_agree_in_results_and_all_gradients(rate, grid, n):
+    model = small_geca()
+    dense, asynchronous = (call(model, engine, rate, grid, n) for engine in ("dense", "asynchronous"))
+    if rate == 1:
+        assert len(dense) == 4 + len(list(model.parameters()))
+    for name, expected in dense.items():
+        found = asynchronous.get(name)
+        if found is None or not expected.abs().max():
+            assert not expected.abs().max(), name
+            continue
+        assert largest_relative(found, expected) < 1e-5, name
+
+
+def test_engines_agree_without_gradients_and_leave_the_state_alone():
+    """Without gradients the caches are written in place; the caller's state must not be."""
+    model, (x, t, y) = small_geca(), inputs(3, 6, 5)
+    state = torch.randn(3, 9, 6, 5)
+    before, results = state.clone(), []
+    for model.engine in ("dense", "asynchronous"):
+        with torch.no_grad():
+            results.append(model(x, t, y, state, generators(3))[1])
+    assert largest_relative(results[1], results[0]) < 1e-5
+    assert torch.equal(state, before)
+
+
+def test_light_cone():
+    """In s steps a cell can be influenced only from within s cells."""
+    model, (x, t, y) = small_geca(steps=3), inputs(1, 11, 13)
+    changed = x.clone()
+    changed[0, :, 5, 6] += 1
+    a, b = (model(z, t, y, torch.zeros(1, 9, 11, 13), generators(1))[1] for z in (x, changed))
+    moved = (a - b).abs().sum((0, 1)) > 0
+    rows, columns = torch.meshgrid(torch.arange(11), torch.arange(13), indexing="ij")
+    distance = torch.maximum((rows - 5).abs(), (columns - 6).abs())
+    assert not moved[distance > 3].any()
+    assert moved[distance <= 1].any() and moved[distance > 1].any()  # and it does travel
+
+
+@pytest.mark.parametrize("engine", ["dense", "asynchronous"])
+def test_a_cell_that_never_fires_never_moves(engine, monkeypatch):
+    model, (x, t, y) = small_geca(), inputs(2, 4, 4)
+    model.engine = engine
+    fire = torch.ones(4, 2, 16, dtype=torch.bool)
+    fire[:, 1, 5] = False
+    monkeypatch.setattr(model, "draw_fire", lambda n, cells, generator: fire)
+    state = torch.randn(2, 9, 4, 4)
+    after = model(x, t, y, state)[1]
+    still = (after == state).all(1)
+    assert still[1, 1, 1] and still.sum() == 1
+
+
+def test_fire_rate_is_what_it_says():
+    model = MODELS["GeCA-XS"]()
+    model.update_rate = 0.3
+    fire = model.draw_fire(4, 1024, generators(4))
+    assert fire.shape == (12, 4, 1024)
+    assert abs(fire.float().mean() - 0.3) < 5 * (0.21 / fire.numel()) ** 0.5
+    assert not torch.equal(fire[:, 0], fire[:, 1])  # each image draws for itself
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model, (x, t, y) = small_geca(), inputs(3, 5, 5)
+    together = model(x, t, y, None, generators(3))[0]
+    alone = model(x[2:], t[2:], y[2:], None, generators(3)[2:])[0]
+    assert largest_relative(alone, together[2:]) < 1e-5
+
+
+def test_life_starts_in_the_centre_cell_and_heredity_keeps_the_hidden_channels():
+    model = small_geca()
+    seed = torch.full((2, 4), 7.0)
+    state = model.initial_state(2, 5, 8, seed)
+    assert state.abs().sum((0, 1)).nonzero().tolist() == [[2, 4]]
+    assert (state[:, :4, 2, 4] == 7).all() and not state[:, 4:].any()
+    old = torch.randn(2, 9, 5, 8)
+    inherited = model.inherit(old, seed)
+    assert torch.equal(inherited[:, 4:], old[:, 4:]) and torch.equal(inherited[:, :4], state[:, :4])
+
+
+def test_firing_rows_by_hand():
+    fire = torch.tensor([[[0, 1, 0], [1, 0, 1]], [[0, 0, 0], [0, 0, 0]]], dtype=torch.bool)
+    (index, fires), nobody = firing_rows(fire, "cpu")
+    assert index.tolist() == [1, 0, 3, 5]  # the first image is filled up with its cell 0 …
+    assert fires.flatten().tolist() == [True, False, True, True]  # … which does not fire
+    assert nobody == (None, None)
+
+
+def test_draws_need_one_generator_per_image():
+    model, (x, t, y) = small_geca(), inputs(2, 3, 3)
+    with pytest.raises(ValueError, match="one generator per image"):
+        model(x, t, y)
+    with pytest.raises(ValueError, match="found 1"):
+        model(x, t, y, None, generators(1))
+
+
+def test_start_values_are_the_published_ones():
+    """Modulation and last linear zero: a new automaton does not move, and its output is its seed."""
+    model = MODELS["GeCA-XS"]()
+    x, t, y = torch.randn(1, 4, 6, 6), torch.tensor([3]), torch.zeros(1, 11)
+    seed = model.draw_seed(1, generators(1))
+    out, state = model(x, t, y, None, generators(1))
+    assert torch.equal(state, model.initial_state(1, 6, 6, seed)) and torch.equal(out, state[:, :8])
+
+
+def test_published_weight_names():
+    names = set(fill(MODELS["GeCA-S"]()).state_dict())
+    attention, mlp = "transformer.layers.0.0", "transformer.layers.0.1"
+    linears = ["t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table.0", "y_embedder.embedding_table.1",
+               "cell_to_embedding", f"{attention}.fn.to_out.0", f"{mlp}.fn.net.0", f"{mlp}.fn.net.3",
+               f"{attention}.norm", f"{mlp}.norm", "transformer.adaLN_modulation.1", "final_layer.linear",
+               "final_layer.adaLN_modulation.1"]
+    assert names == {f"{n}.{kind}" for n in linears for kind in ("weight", "bias")} | {f"{attention}.fn.to_qkv.weight"}

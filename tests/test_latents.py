@@ -1,0 +1,112 @@
+"""The latent cache: what is written is read, and what does not belong is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import generators
+
+from pipeline import latents
+from pipeline.cli import UserError
+from pipeline.data import read_split, write_split
+
+NAMES = ("A", "B")
+
+
+class Codec:
+    channels, identity = 4, "stand-in:1234"
+
+
+@pytest.fixture
+def split(tmp_path):
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    files = [f"images/{i}.png" for i in range(5)]
+    for name in files:
+        (root / name).touch()
+    labels = np.array([[0, 1], [1, 0], [1, 1], [0, 0], [1, 0]])
+    write_split(root, "train_0", files, labels, NAMES, files)
+    return read_split(root, "train_0")
+
+
+@pytest.fixture
+def store(tmp_path, split):
+    """Five images, written by two processes in the wrong order."""
+    folder = latents.folder(tmp_path / "store", 0)
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(5, 2, 4, 3, 3, generator=g), torch.rand(5, 2, 4, 3, 3, generator=g) + 0.5
+    labels = torch.tensor(split.labels)
+    for rank, (first, last) in ((1, (2, 5)), (0, (0, 2))):
+        latents.write_shard(folder, rank, first, mean[first:last], std[first:last], labels[first:last])
+    latents.write_manifest(folder, latents.manifest_of(split, Codec, 24))
+    return tmp_path / "store", mean, std
+
+
+def test_round_trip_over_two_shards(store, split):
+    path, mean, std = store
+    cache = latents.load(path, 0)
+    assert torch.equal(cache.mean, mean) and torch.equal(cache.std, std)
+    assert torch.equal(cache.labels, torch.tensor(split.labels))
+    latents.check(cache, latents.manifest_of(split, Codec, 24), Codec, 3)
+
+
+def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
+    path, mean, std = store
+    cache = latents.load(path, 0)
+    draws = torch.stack([cache.draw(3, g) for g in generators(4000)])
+    middle, spread = mean[3].mean(0), ((std[3] ** 2).mean(0) + mean[3].var(0, correction=0)) ** 0.5
+    assert ((draws.mean(0) - middle).abs() < 5 * spread / 4000**0.5).all()
+    assert ((draws.std(0) / spread - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"vae": "other:5678"}, "vae"), ({"image_size": 32}, "image_size"), ({"label_names": ["A", "C"]}, "label_names"),
+    ({"csv_sha256": "0"}, "csv_sha256"), ({"format": 0}, "format")])
+def test_a_foreign_or_stale_cache_is_refused(store, split, change, named):
+    cache = latents.load(store[0], 0)
+    with pytest.raises(UserError, match=f"{named} is"):
+        latents.check(cache, latents.manifest_of(split, Codec, 24) | change, Codec, 3)
+
+
+def test_the_same_weights_under_another_folder_name_are_no_foreigner(store, split):
+    cache = latents.load(store[0], 0)
+    latents.check(cache, latents.manifest_of(split, Codec, 24) | {"vae": "renamed:1234"}, Codec, 3)
+
+
+def test_a_lost_shard_is_noticed(store):
+    (store[0] / "features_0" / "shard-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="holds 2 latents, its manifest says 5"):
+        latents.load(store[0], 0)
+
+
+def test_a_missing_fold_names_those_that_are_there(store):
+    with pytest.raises(UserError, match=r"--fold 8: .*found: features_0"):
+        latents.load(store[0], 8)
+
+
+def test_wrong_grid_is_refused(store, split):
+    cache = latents.load(store[0], 0)
+    with pytest.raises(UserError, match="shape"):
+        latents.check(cache, latents.manifest_of(split, Codec, 24), Codec, 4)
+
+
+def test_the_published_layout_is_read(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((11, 1, 4, 3, 3)).astype(np.float32)
+    labels = np.eye(11, dtype=np.float32)
+    for kind, values in (("features_0", rows), ("labels_0", labels[:, None])):
+        (tmp_path / kind).mkdir()
+        for i, value in enumerate(values):
+            np.save(tmp_path / kind / f"{i}.npy", value)
+    cache = latents.load(tmp_path, 0)
+    assert np.array_equal(cache.mean[:, 0].numpy(), rows[:, 0])  # image 10 after image 9, not after image 1
+    assert np.array_equal(cache.labels.numpy(), labels)
+    assert torch.equal(cache.draw(4, *generators(1)), cache.mean[4, 0])
+    (tmp_path / "labels_0" / "3.npy").unlink()
+    with pytest.raises(UserError, match=r"3\.npy is in only one"):
+        latents.load(tmp_path, 0)
+
+
+def test_a_folder_without_manifest_is_no_cache(store):
+    (store[0] / "features_0" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="neither manifest.json nor"):
+        latents.load(store[0], 0)
