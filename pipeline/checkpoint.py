@@ -31,8 +31,8 @@ def load(path, flag="--ckpt"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
-        raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely "
-                        f"({str(error).splitlines()[0][:120]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely ({reason})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT:
         raise UserError(f"{flag} {path}: not a checkpoint of train.py (format {FORMAT})")
     return checkpoint

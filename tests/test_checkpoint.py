@@ -53,7 +53,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     torch.save({"model": Trap(str(tmp_path / "ran"))}, tmp_path / "trap.pt")
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
     for name in ("trap.pt", "trap.pkl"):
-        with pytest.raises(UserError, match="cannot|safely") as error:
+        with pytest.raises(UserError, match="can be loaded safely") as error:
             checkpoints.load(tmp_path / name)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()

@@ -1,6 +1,7 @@
 """The diffusion against closed forms: schedule, posterior, loss terms, samplers, guidance."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_state_is_inherited_between_sampling_steps():
     noise = samplers.ImageNoise(generators(2, seed=2), "cpu")
     samplers.p_sample_loop(create_diffusion("3"), denoise, noise((2, 5, 5)), noise)
     assert len(seen) == 3 and not seen[0][0][:, 4:].any()
-    for (_, left), (start, _) in zip(seen, seen[1:], strict=False):
+    for (_, left), (start, _) in pairwise(seen):
         assert torch.equal(start[:, 4:], left[:, 4:]) and left[:, 4:].any()
         alive = start[:, :4].abs().sum((0, 1)).nonzero().tolist()
         assert alive == [[2, 2]]

@@ -108,5 +108,5 @@ def test_the_published_layout_is_read(tmp_path):
 
 def test_a_folder_without_manifest_is_no_cache(store):
     (store[0] / "features_0" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="neither manifest.json nor"):
+    with pytest.raises(UserError, match=r"neither manifest\.json nor"):
         latents.load(store[0], 0)
