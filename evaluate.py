@@ -47,6 +47,7 @@ class ImageSet:
 def main():
     args = parser().parse_args()
     args.output = args.output or args.gen[0]
+    check_devices(args.device_list or [])
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output}: is a file, expected a folder")
     real, training, label_names = open_real(args.real, args.fold, args.global_seed)
@@ -212,17 +213,22 @@ def write_results(args, report, text, image):
 
 
 def device(text):
-    """An argparse type: a device that this machine has."""
+    """An argparse type: the name of a device."""
     try:
         found = torch.device(text)
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"found {text}, expected one of this machine's "
-                                         f"{torch.cuda.device_count()} CUDA devices, or cpu")
     return found
+
+
+def check_devices(devices):
+    """Raise UserError for a GPU that this machine does not have."""
+    for found in devices:
+        if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device-list {found}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                            "give one of them, or cpu")
 
 
 def parser():

@@ -96,18 +96,22 @@ def table(labels, patients, label_names, splits):
     return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--source", required=True, choices=SOURCES, help="where the images come from")
+    p.add_argument("--output", required=True, metavar="ROOT", help="the data root to make")
+    p.add_argument("--input", metavar="DIR", help="oct-and-eye-fundus: the folder with its CSV files")
+    p.add_argument("--modality", choices=("oct", "fundus"), help="oct-and-eye-fundus: the images")
+    p.add_argument("--count", type=integer(1), help="phantom: number of images (default: 2000)")
+    p.add_argument("--image-size", type=integer(16, 2048), help="phantom: size in pixels (default: 256)")
+    p.add_argument("--folds", type=integer(2), default=5, help="folds for cross-validation")
+    p.add_argument("--test-fraction", type=number(0.01, 0.9), default=0.2, help="share of the test set")
+    p.add_argument("--global-seed", type=integer(0), default=0, help="seed of split and phantoms")
+    return p
+
+
 def parse_args():
-    parser = Parser(__doc__)
-    parser.add_argument("--source", required=True, choices=SOURCES, help="where the images come from")
-    parser.add_argument("--output", required=True, metavar="ROOT", help="the data root to make")
-    parser.add_argument("--input", metavar="DIR", help="oct-and-eye-fundus: the folder with its CSV files")
-    parser.add_argument("--modality", choices=("oct", "fundus"), help="oct-and-eye-fundus: the images")
-    parser.add_argument("--count", type=integer(1), help="phantom: number of images (default: 2000)")
-    parser.add_argument("--image-size", type=integer(16, 2048), help="phantom: size in pixels (default: 256)")
-    parser.add_argument("--folds", type=integer(2), default=5, help="folds for cross-validation")
-    parser.add_argument("--test-fraction", type=number(0.01, 0.9), default=0.2, help="share of the test set")
-    parser.add_argument("--global-seed", type=integer(0), default=0, help="seed of split and phantoms")
-    args = parser.parse_args()
+    args = parser().parse_args()
     for name, source in SOURCES.items():
         for flag, default in source.flags.items():
             spelled, given = "--" + flag.replace("_", "-"), getattr(args, flag) is not None
