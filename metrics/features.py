@@ -8,10 +8,11 @@ its row in SPACES.
 
 `retina` is the bundled autoencoder's encoder. It has seen retinas only and needs no download; its numbers say
 which of two sets is nearer to the real one, and must not be set beside numbers of another space.
-The command above measures, once, the scale on which its features are expressed (see `fit`).
+The command above measures, once, the axes on which its features are expressed (see `fit`).
 """
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -28,29 +29,34 @@ from pipeline.seeds import generator
 from pipeline.vae import NAMED, VaeCodec, to_model_range
 
 SCALE_FILE = "feature_scale.safetensors"  # lies in the folder of the autoencoder it belongs to
+COMPONENTS = 128  # principal axes that are kept, of 720 features of the bundled autoencoder
 
 
 class AutoencoderFeatures:
-    """What an autoencoder's encoder sees: see `channel_statistics`. Each feature is then standardised.
+    """What an autoencoder's encoder sees (`channel_statistics`), whitened and brought to one length.
 
-    KID's kernel is not free of scale, and a deep layer's activations are much larger than a shallow one's. So
-    each feature is expressed in standard deviations, v -> (v − mean) / std, with constants that were measured
-    once on the autoencoder's training images. They belong to the space, not to the sets that are compared.
+    KID's kernel, (x·y / d + 1)³, is not free of scale. Seven tenths of the variance of the standardised statistics
+    lie in two directions; compared as they are, little else would count, and a few outlying images would outweigh
+    all others. So they are expressed on axes along which images of one kind vary by 1, and the vector is given the
+    length √d: the kernel is then (cosine + 1)³, between 0 and 8. Mean and axes were measured once, on the
+    autoencoder's training images; they belong to the space, not to the sets that are compared.
     """
 
     def __init__(self, name, device="cpu"):
         codec = _open_autoencoder(name, device)
-        self.vae, self.name = codec.vae, Path(name).resolve().name  # "retina" stays what it is
-        mean, std = _read_scale(name, codec.identity)
-        self.mean, self.std = mean.to(device), std.to(device)
-        digest = hashlib.sha256(torch.stack([mean, std]).numpy().tobytes()).hexdigest()[:8]
-        self.identity, self.dimensions = f"{codec.identity}:{digest}", len(mean)
+        mean, axes = _read_scale(name, codec.identity)
+        self.vae, self.mean, self.axes = codec.vae, mean.to(device), axes.to(device)
+        self.name = name if name in SPACES else f"vae:{Path(name).resolve().name}"
+        digest = hashlib.sha256(mean.numpy().tobytes() + axes.numpy().tobytes()).hexdigest()[:8]
+        self.identity, self.dimensions = f"{self.name}:{_weights(codec.identity)}:{digest}", axes.shape[1]
 
     def __call__(self, images, batch_size=32):
         """uint8 (N, H, W, 3), array or tensor, any H and W of at least 8 -> float32 array (N, dimensions)."""
-        parts = [(channel_statistics(self.vae, part) - self.mean) / self.std
+        parts = [(channel_statistics(self.vae, part) - self.mean) @ self.axes
                  for part in torch.as_tensor(images).split(batch_size)]
-        return torch.cat(parts).cpu().numpy()
+        values = torch.cat(parts)  # (N, d)
+        values = values * (self.dimensions**0.5 / values.norm(dim=1, keepdim=True).clamp(min=1e-6))
+        return values.cpu().numpy()
 
 
 SPACES = {"retina": AutoencoderFeatures}  # name -> class, called with (name, device)
@@ -93,39 +99,58 @@ def extract(features, image_paths, image_size, batch_size=32, progress=None):
     return np.concatenate(parts)
 
 
-def fit(name, image_paths, sizes, device="cpu", batch_size=32):
-    """Measure mean and std of every feature over images at several sizes; write them beside the autoencoder.
+def fit(name, kinds, sizes, device="cpu", batch_size=32):
+    """Measure mean and axes (`whitening`) of the statistics and write them beside the autoencoder.
 
-    All sizes are pooled, so that one scale serves them all. A feature that hardly varies is given 1 % of the
-    median std: divided by its own, an image unlike the training images could reach thousands there.
+    kinds: lists of image paths, one list per data root. Seen at several sizes, so that one file serves them all.
     """
     codec = _open_autoencoder(name, device)
-    check_images(image_paths)
-    values = []
-    total = len(sizes) * len(image_paths)
+    for paths in kinds:
+        check_images(paths)
+    groups = []
+    total = len(sizes) * sum(map(len, kinds))
     with tqdm(total=total, desc=f"scale of {name}", unit="image", disable=None) as bar:
-        for size in sizes:
-            for start in range(0, len(image_paths), batch_size):
-                paths = image_paths[start:start + batch_size]
-                values.append(channel_statistics(codec.vae, load_images(paths, size)).double().cpu())
-                bar.update(len(paths))
-    std, mean = torch.std_mean(torch.cat(values), dim=0, correction=0)
-    scale = {"mean": mean.float(), "std": std.clamp(min=0.01 * std.median()).float()}
-    made_from = {"autoencoder": _weights(codec.identity), "images": str(len(image_paths)),
+        for size, paths in itertools.product(sizes, kinds):
+            groups.append([])
+            for start in range(0, len(paths), batch_size):
+                images = load_images(paths[start:start + batch_size], size)
+                groups[-1].append(channel_statistics(codec.vae, images).double().cpu())
+                bar.update(len(images))
+    mean, axes = whitening([torch.cat(group) for group in groups])
+    scale = {"mean": mean.float(), "axes": axes.float().contiguous()}
+    made_from = {"autoencoder": _weights(codec.identity), "images": str(sum(map(len, kinds))),
                  "sizes": " ".join(str(size) for size in sizes)}
     write_atomically(_folder(name) / SCALE_FILE, lambda path: save_file(scale, path, made_from))
 
 
+def whitening(groups):
+    """Statistics of m kinds of images, each (n_i, D) -> mean (D,) and axes (D, d) for (values − mean) @ axes.
+
+    Along each axis the images of one kind have variance 1, pooled over the kinds, and no two axes are correlated.
+    What sets the kinds apart (OCT from fundus, 64 from 256 pixels) is left out of the measure, so it stays large.
+    The axes are the first COMPONENTS principal ones after each statistic was divided by its own deviation. Nothing
+    is blown up: one that hardly varies is given 1 % of the median deviation, and axes with less than 1e-6 of the
+    largest variance, where rounding is seen, are dropped.
+    """
+    within = torch.cat([group - group.mean(0) for group in groups])
+    std = within.square().mean(0).sqrt()
+    std = std.clamp(min=0.01 * std.median())
+    _, deviation, axes = torch.linalg.svd(within / std, full_matrices=False)
+    variance = deviation**2 / len(within)
+    kept = (variance > 1e-6 * variance[0]).nonzero().flatten()[:COMPONENTS]
+    return torch.cat(groups).mean(0), (axes[kept] / (variance[kept, None].sqrt() * std)).T
+
+
 def _read_scale(name, identity):
-    """Mean and std of every feature, each (D,). Raises UserError if missing, or made for other weights."""
+    """Mean (D,) and axes (D, d) that `fit` wrote. Raises UserError if missing, or made for other weights."""
     path = _folder(name) / SCALE_FILE
     repair = f"make it: python -m metrics.features --fit {name} --data-path ROOT [ROOT ...]"
     if not path.is_file():
-        raise UserError(f"{path}: no such file, expected the scale of the features; {repair}")
+        raise UserError(f"{path}: no such file, expected the axes of the features; {repair}")
     try:
         with safe_open(path, "pt") as file:
             made_for = (file.metadata() or {}).get("autoencoder")
-            scale = file.get_tensor("mean"), file.get_tensor("std")
+            scale = file.get_tensor("mean"), file.get_tensor("axes")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {repair}") from None
     if made_for != _weights(identity):
@@ -152,13 +177,13 @@ def _weights(identity):
 def main():
     args = parser().parse_args()
     device = runtime.start().device
-    paths = []
+    kinds = []
     for root in args.data_path:  # fold 0 has every image that is not in test.csv
         known = [path for split in ("train_0", "val_0") for path in read_split(root, split).image_paths]
         order = torch.randperm(len(known), generator=generator(0, "feature scale"))
-        paths += [known[i] for i in order[:args.images].tolist()]
-    fit(args.fit, paths, args.sizes, device)
-    print(f"{_folder(args.fit) / SCALE_FILE}: from {len(paths)} images at {args.sizes} pixels")
+        kinds.append([known[i] for i in order[:args.images].tolist()])
+    fit(args.fit, kinds, args.sizes, device)
+    print(f"{_folder(args.fit) / SCALE_FILE}: from {sum(map(len, kinds))} images at {args.sizes} pixels")
 
 
 def parser():

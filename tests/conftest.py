@@ -78,5 +78,5 @@ def tiny_vae(tmp_path_factory):
     paths = [folder.parent / f"{i}.png" for i in range(len(noise))]
     for path, image in zip(paths, noise, strict=True):
         Image.fromarray(image).save(path)
-    fit(str(folder), paths, (32,))
+    fit(str(folder), [paths], (32,))
     return str(folder)

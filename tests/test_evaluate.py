@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         build((4, 4, 8, 8)).save_pretrained(folder / "vae")
-    feature_spaces.fit(str(folder / "vae"), read_split(folder / "root", "train_0").image_paths, (SIZE,))
+    feature_spaces.fit(str(folder / "vae"), [read_split(folder / "root", "train_0").image_paths], (SIZE,))
     return folder
 
 
@@ -309,13 +309,14 @@ def test_captions_stand_below_their_image_and_wrap():
 
 
 def test_pairs_put_real_above_generated():
-    real, generated = flat(10, 20, 30), flat(110, 120, 130)
-    picture = np.asarray(pairs(real, generated, ["a", "b", "c"], columns=2))[:, :, 0]
-    column = picture[:, -140]  # through the last column
-    runs = [int(v) for i, v in enumerate(column) if v not in (0, 255) and (i == 0 or column[i - 1] != v)]
-    assert [v for v in runs if v in (10, 20, 30, 110, 120, 130)] == [20, 120]
-    first = picture[:, -280]
-    assert [int(v) for v in dict.fromkeys(first.tolist()) if v in (10, 30, 110, 130)] == [10, 110, 30, 130]
+    """Three pairs in two columns: two pairs, then, below, one."""
+    picture = np.asarray(pairs(flat(10, 20, 30), flat(110, 120, 130), ["a", "b", "c"], columns=2))[:, :, 0]
+
+    def colours(x):
+        return [v for v in dict.fromkeys(picture[:, x].tolist()) if v != 255]
+
+    assert colours(-71) == [20, 120]  # tiles of 130 pixels and a gap of 6: the centre of the last column
+    assert colours(-71 - 136) == [10, 110, 30, 130]
 
 
 def test_caption_names_what_is_there():
