@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -128,7 +128,8 @@ class Training:
         self.optimiser.load_state_dict(state["opt"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_kid, self.minutes = state["step"], state["best_kid"], state["minutes"]
+        self.step, self.minutes, self.best_kid = state["step"], state["minutes"], state["best_kid"]
+        return state.get("features")
 
 
 def start_from(net, path, label_names, codec):
@@ -142,8 +143,8 @@ def start_from(net, path, label_names, codec):
     if checkpoint["label_names"] != list(label_names):
         first = "y_embedder.embedding_table.0.weight"
         weights[first] = own[first]
-        print(f"--load-from {path}: its labels are {' '.join(checkpoint['label_names'])}; the label table "
-              "starts anew")
+        PartialState().print(f"--load-from {path}: its labels are {' '.join(checkpoint['label_names'])}; the label "
+                             "table starts anew")
     odd = sorted(set(weights) ^ set(own)) or [k for k in own if own[k].shape != weights[k].shape]
     if odd:
         raise UserError(f"--load-from {path}: holds a {checkpoint['model_args']['model']}, whose {odd[0]} does "
@@ -162,6 +163,8 @@ class Validation:
 
     def __init__(self, args, accelerator, codec, split):
         self.args, self.accelerator, self.codec, self.split = args, accelerator, codec, split
+        if len(split) < 2:
+            raise UserError(f"{split.path}: holds one image, KID needs two; prepare more patients or fewer folds")
         self.features = open_features(args.features, accelerator.device)
         self.real = load_images(split.image_paths, args.image_size, args.num_workers)
         self.real_features = self.features(self.real)
@@ -190,8 +193,7 @@ class Validation:
         """Real images above generated ones with the same labels."""
         count = min(len(images), 16)
         real = self.real[self.chosen[:count]]
-        captions = [" ".join(n for n, v in zip(self.split.label_names, self.split.labels[i], strict=True) if v)
-                    for i in self.chosen[:count]]
+        captions = [pictures.caption(self.split.labels[i], self.split.label_names) for i in self.chosen[:count]]
         path.parent.mkdir(exist_ok=True)
         picture = pictures.pairs(real, images[:count], captions)
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
@@ -210,8 +212,8 @@ def train(args, training, validation, log, about):
 
     def validate():
         kid = validation(training, log.folder)
-        log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{args.features}] {1e3 * kid:.2f}e-3"
-                 f" ({args.val_samples} images, {args.num_sampling_steps} steps, EMA)")
+        log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{validation.features.name}] "
+                 f"{1e3 * kid:.2f}e-3 ({args.val_samples} images, {args.num_sampling_steps} steps, EMA)")
         log.metrics(training.step, kid=kid)
         if kid < training.best_kid:
             training.best_kid = kid
@@ -270,9 +272,9 @@ def main():
     folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
     training = Training(args, accelerator, cache, label_names, codec)
     last = folder / "checkpoints" / "last_ckpt.pt"
-    if exists and last.is_file():
-        training.restore(last)
     validation = Validation(args, accelerator, codec, validation_split)
+    if exists and last.is_file() and training.restore(last) != validation.features.identity:
+        training.best_kid = math.inf  # measured in another feature space
     accelerator.wait_for_everyone()  # every process has looked for the run before the first one makes it
     log = runs.RunLog(folder, settings, accelerator.is_main_process)
     log.text(f"run {folder}: {args.model}, {sum(p.numel() for p in training.ema.parameters()):,} parameters, "
@@ -282,7 +284,8 @@ def main():
         log.text(f"continuing from step {training.step}")
     about = {"args": {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
                       for k, v in vars(args).items()},
-             "label_names": label_names, "codec": codec.identity, "run": folder.name}
+             "label_names": label_names, "codec": codec.identity, "run": folder.name,
+             "features": validation.features.identity}
     train(args, training, validation, log, about)
     log.close()
 
