@@ -36,7 +36,7 @@ from pipeline.seeds import generator
 from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
-NOT_SETTINGS = ("epochs", "max_minutes", "log_every", "ckpt_every", "num_workers", "cache", "results_dir")
+NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache", "results_dir")
 
 
 class Training:
