@@ -36,7 +36,8 @@ from pipeline.seeds import generator
 from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
-NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache", "results_dir")
+NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
+                "results_dir")  # of these, a continued run may have others
 
 
 class Training:
@@ -239,8 +240,9 @@ def train(args, training, validation, log, about):
         end_of_epoch = training.step % training.steps_per_epoch == 0
         last = training.step == total or timed_out
         if last or (end_of_epoch and training.epoch % args.validate_every == 0):
+            paused = time.time()
             validate()
-            window = time.time()
+            window += time.time() - paused  # the rate is that of training
         if last or training.step % args.ckpt_every == 0:
             save("last_ckpt.pt")
     bar.close()

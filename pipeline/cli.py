@@ -70,11 +70,14 @@ def _ranged(kind, noun, low, high):
 
 
 def run(main, finish=lambda: None):
-    """Call `main()`, then `finish()`; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main()`, then `finish()`; a UserError becomes one line on stderr and exit code 2.
+
+    So does an OSError: no permission, disk full, a file where a folder should be.
+    """
     try:
         main()
         finish()
-    except UserError as error:
+    except (UserError, OSError) as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{rank}{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)

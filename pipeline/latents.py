@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli import UserError
@@ -68,7 +69,7 @@ def folder(features_path, fold):
 def read_manifest(path):
     """The manifest of a cache folder, or None if it has none."""
     file = Path(path) / "manifest.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return _whole(file, lambda file: json.loads(file.read_text())) if file.is_file() else None
 
 
 def write_shard(path, rank, first, mean, std, labels):
@@ -93,7 +94,8 @@ def load(features_path, fold):
     manifest = read_manifest(path)
     if manifest is None:
         return _load_published(path, Path(features_path) / f"labels_{fold}")
-    shards = sorted((load_file(file) for file in path.glob("shard-*.safetensors")), key=lambda s: int(s["first"]))
+    shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
+                    key=lambda s: int(s["first"]))
     mean, std, labels = (torch.cat([s[name] for s in shards]) if shards and all(name in s for s in shards) else None
                          for name in ("mean", "std", "labels"))
     if mean is None or len(mean) != len(manifest["filenames"]):
@@ -111,9 +113,17 @@ def _load_published(path, labels_path):
     if set(names) != label_names:
         odd = sorted(set(names) ^ label_names)[0]
         raise UserError(f"{path} and {labels_path}: {odd}.npy is in only one of them; extract again")
-    mean = torch.tensor(np.stack([np.load(path / f"{name}.npy")[0] for name in names]))[:, None].float()
-    labels = torch.tensor(np.stack([np.load(labels_path / f"{name}.npy").reshape(-1) for name in names])).float()
-    return LatentCache(path, {}, mean, None, labels)
+    mean = np.stack([_whole(path / f"{name}.npy", np.load)[0] for name in names])[:, None]
+    labels = np.stack([_whole(labels_path / f"{name}.npy", np.load).reshape(-1) for name in names])
+    return LatentCache(path, {}, torch.tensor(mean).float(), None, torch.tensor(labels).float())
+
+
+def _whole(file, read):
+    """`read(file)`; UserError if the file is damaged, as by an interrupted copy."""
+    try:
+        return read(file)
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove {file.parent} and extract again") from None
 
 
 def check(cache, expected, codec, cells):
@@ -122,6 +132,10 @@ def check(cache, expected, codec, cells):
     if tuple(cache.mean.shape[2:]) != shape:
         raise UserError(f"{cache.path}: latents of shape {tuple(cache.mean.shape[2:])}, expected {shape}; check "
                         "--image-size, --vae and --in-channels, or extract again")
+    shape = (len(expected["filenames"]), len(expected["label_names"]))
+    if tuple(cache.labels.shape) != shape:
+        raise UserError(f"{cache.path}: {len(cache)} latents with {cache.labels.shape[1]} labels, but "
+                        f"{expected['csv']} has {shape[0]} images with {shape[1]}; extract again")
     wrong = differences(cache.manifest, expected) if cache.manifest else []
     if wrong:
         found, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))

@@ -18,7 +18,8 @@ def find_or_number(results_dir, name, settings):
     Folders are {results_dir}/{index:03d}-{name}. The newest run with the same settings is continued, so the same
     command resumes; the number of a new run is one more than the highest, so a deleted run frees no number.
     """
-    runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]*-*") if path.is_dir())
+    runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]*-*")
+                  if path.is_dir() and path.name.partition("-")[0].isdecimal())
     for path in reversed(runs):
         if path.name.partition("-")[2] == name and _settings(path) == settings:
             return path, True

@@ -19,7 +19,7 @@ from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, number
 from pipeline.files import write_atomically, write_csv, write_text
 from pipeline.seeds import generator, per_image
-from pipeline.vae import cells_per_side, open_codec, same_weights
+from pipeline.vae import cells_per_side, open_codec, same_weights, weights_hash
 
 
 @torch.no_grad()
@@ -89,8 +89,9 @@ def run(args, labels_of, folder_name, csv_name):
     process = runtime.start(tf32=args.tf32)
     codec = open_trained_codec(args, checkpoint, process.device)
     folder = args.sample_dir / sample_folder(args, trained)
-    claim(folder, settings(args, checkpoint), process)
     model = checkpoints.build(checkpoint, args.weights).to(process.device)
+    label_file = folder / f"{csv_name}_{args.fold}.npy"
+    claim(folder, settings(args, checkpoint, model), label_file, labels.numpy().astype(int), process)
     if process.is_main_process:
         print(f"{trained['model']}, {args.weights} weights of step {checkpoint['step']}: {len(labels)} images, "
               f"{args.num_sampling_steps} steps, guidance {args.cfg_scale}, {process.num_processes} process(es)")
@@ -145,28 +146,38 @@ def sample_folder(args, trained):
             f"cfg-{args.cfg_scale}-seed-{args.global_seed}")
 
 
-def settings(args, checkpoint):
-    """What the pixels of a sample folder depend on, beyond its name."""
+def settings(args, checkpoint, model):
+    """What the pixels of a sample folder depend on, beyond its name and the labels."""
     return {"weights": args.weights, "step": checkpoint["step"], "vae": checkpoint["codec"],
-            "run": checkpoint["run"], "label_names": checkpoint["label_names"]}
+            "run": checkpoint["run"], "label_names": checkpoint["label_names"],
+            "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
 
 
-def claim(folder, wanted, process):
-    """Write the settings beside the images, or refuse a folder that was made with others."""
+def claim(folder, wanted, label_file, labels, process):
+    """Write settings and labels (n, K) beside the images, or refuse a folder that was made with others.
+
+    Labels may become more or fewer (--expand-ratio), but image k keeps those it was made with.
+    """
     file = folder / "settings.json"
     found = json.loads(file.read_text()) if file.is_file() else None
     if found is not None and found != wanted:
         key = next(key for key in wanted if found.get(key) != wanted[key])
         raise UserError(f"{folder}: holds images of another checkpoint ({key} {found.get(key)}, now {wanted[key]}); "
                         "remove it or give another --sample-dir")
+    before = np.load(label_file) if label_file.is_file() else labels[:0]
+    both = min(len(before), len(labels))
+    if not np.array_equal(before[:both], labels[:both]):
+        raise UserError(f"{folder}: its images were made with other labels ({label_file.name}) than --data-path "
+                        "has now; remove it or give another --sample-dir")
     process.wait_for_everyone()  # every process has looked before one writes
     if process.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=1) + "\n")
+        write_atomically(label_file, lambda path: np.save(open(path, "wb"), labels))  # noqa: SIM115
 
 
 def describe(folder, folder_name, csv_name, labels, label_names):
-    """Write CSV_NAME.csv (the columns of a data root) and CSV_NAME.npy (labels, int (n, K)).
+    """Write CSV_NAME.csv (the columns of a data root).
 
     `multi_class_label` numbers the label combinations that occur, in lexicographic order.
     """
@@ -175,4 +186,3 @@ def describe(folder, folder_name, csv_name, labels, label_names):
             for i, (y, c) in enumerate(zip(labels.tolist(), combination.tolist(), strict=True))]
     header = ["", "client_id", "filename", *label_names, "patient_name", "multi_class_label"]
     write_csv(folder / f"{csv_name}.csv", header, rows)
-    write_atomically(folder / f"{csv_name}.npy", lambda path: np.save(open(path, "wb"), labels))  # noqa: SIM115

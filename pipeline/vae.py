@@ -44,7 +44,7 @@ class VaeCodec:
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
-        self.identity = f"{Path(name).name}:{_hash(self.vae)}"
+        self.identity = f"{Path(name).name}:{weights_hash(self.vae)}"
 
     @torch.no_grad()
     def moments(self, images):
@@ -123,7 +123,7 @@ def _reachable(url):
     return True
 
 
-def _hash(module):
+def weights_hash(module):
     """16 hex digits that change whenever a weight or a name does."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):

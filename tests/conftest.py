@@ -1,14 +1,19 @@
 """Shared by all tests: the repository on the path, one thread, the reference vectors."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +61,19 @@ def run_script(*arguments, processes=1, launcher="plain"):
                         "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def call_script(script, *arguments):
+    """The same in this process, where the imports are paid already -> CompletedProcess."""
+    argv, out, err, code = [str(ROOT / script), *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the script before this one asked for
+    with (mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          torch.random.fork_rng()):
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def succeeded(done):

@@ -1,4 +1,7 @@
-"""The scripts end to end, as a user runs them: alone, under torchrun and under accelerate; stopped and continued."""
+"""The scripts end to end, as a user runs them: alone, under torchrun and under accelerate; stopped and continued.
+
+What needs no process of its own runs in this one (`call_script`): starting Python and torch takes most of the time.
+"""
 
 import json
 import shutil
@@ -6,186 +9,238 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, succeeded
+from conftest import call_script, run_script, succeeded
 from PIL import Image
+from test_checkpoint import Trap
 
-from pipeline import latents
-from pipeline.data import read_split
+from pipeline import latents, runs
+from pipeline.data import load_images, read_split
+from pipeline.vae import VaeCodec
+from train_vae import build
 
 SIZE = ("--image-size", 32)
+RUN = "000-GeCA-XS-0"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    succeeded(run_script("prepare_data.py", "--source", "phantom", "--count", 40, "--image-size", 32,
-                         "--folds", 2, "--output", folder / "data"))
+    succeeded(call_script("prepare_data.py", "--source", "phantom", "--count", 40, "--image-size", 32,
+                          "--folds", 2, "--output", folder / "data"))
     return folder
+
+
+def extract(data, store, vae, *more, run=call_script, **launch):
+    return run("extract_features.py", "--data-path", data, "--features_path", store, "--vae", vae, *SIZE,
+               "--global-batch-size", 6, *more, **launch)
 
 
 @pytest.fixture(scope="module")
 def store(root, tiny_vae):
     """Extracted by one process and, into another folder, by two."""
-    for name, processes, launcher in (("one", 1, "plain"), ("two", 2, "torchrun")):
-        succeeded(run_script("extract_features.py", "--data-path", root / "data", "--features_path", root / name,
-                             "--vae", tiny_vae, *SIZE, "--global-batch-size", 6, processes=processes,
-                             launcher=launcher))
+    succeeded(extract(root / "data", root / "one", tiny_vae))
+    succeeded(extract(root / "data", root / "two", tiny_vae, run=run_script, processes=2, launcher="torchrun"))
     return root
 
 
-def train(store, tiny_vae, results, *more, **launch):
-    return run_script(
-        "train.py", "--model", "GeCA-XS", "--data-path", store / "data", "--feature-path", store / "one",
-        "--vae", tiny_vae, "--features", tiny_vae, *SIZE, "--global_batch_size", 4, "--num-sampling-steps", 2,
-        "--val_samples", 4, "--log-every", 1, "--lr", "1e-3", "--results-dir", store / results, *more, **launch)
+def train(store, vae, results, *more, run=call_script, data="data", cache="one", **launch):
+    return run("train.py", "--model", "GeCA-XS", "--data-path", store / data, "--feature-path", store / cache,
+               "--vae", vae, "--features", vae, *SIZE, "--global_batch_size", 4, "--num-sampling-steps", 2,
+               "--val_samples", 4, "--log-every", 1, "--lr", "1e-3", "--results-dir", store / results, *more, **launch)
 
 
 @pytest.fixture(scope="module")
 def trained(store, tiny_vae):
-    """Two epochs without interruption."""
-    succeeded(train(store, tiny_vae, "whole", "--epochs", 2, "--validate-every", 1))
-    return store / "whole" / "000-GeCA-XS-0"
+    """Two epochs without interruption, by plain `python`."""
+    succeeded(train(store, tiny_vae, "whole", "--epochs", 2, "--validate_every", 1, run=run_script))
+    return store / "whole" / RUN
 
 
-def losses(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [r["loss"] for r in records if "loss" in r]
+def metrics(run, name):
+    """Step -> value of everything that metrics.jsonl holds under this name."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r[name] for r in records if name in r}
 
 
-def best(run):
-    return run / "checkpoints" / "best_ckpt.pt"
-
-
-def weights(run):
-    return torch.load(run / "checkpoints" / "last_ckpt.pt", weights_only=True)
+def checkpoint(run, name="last"):
+    return torch.load(run / "checkpoints" / f"{name}_ckpt.pt", weights_only=True)
 
 
 # ---- extraction
 
 
-def test_extraction_is_the_same_on_one_and_two_processes(store, tiny_vae):
+def test_extraction_is_the_same_on_one_and_two_processes(store):
     one, two = (latents.load(store / name, 0) for name in ("one", "two"))
     assert len(list((store / "two" / "features_0").glob("shard-*"))) == 2
     assert one.manifest == two.manifest and torch.equal(one.labels, two.labels)
     torch.testing.assert_close(one.mean, two.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.std, two.std, rtol=1e-4, atol=1e-4)
     split = read_split(store / "data", "train_0")
     assert len(one) == len(split) and np.array_equal(one.labels.numpy(), split.labels)
 
 
-def test_the_second_variant_is_the_mirror_image(store, tiny_vae):
-    from pipeline.data import load_images
-    from pipeline.vae import VaeCodec
-
+def test_the_cache_holds_each_image_and_then_its_mirror_image(store, tiny_vae):
     cache, split = latents.load(store / "one", 0), read_split(store / "data", "train_0")
-    images = torch.tensor(load_images(split.image_paths[:2], 32))
-    mean, std = VaeCodec(tiny_vae).moments(images.flip(2))
-    torch.testing.assert_close(cache.mean[:2, 1], mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.std[:2, 1], std, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(cache.mean[:2, 0], cache.mean[:2, 1])
+    images = torch.tensor(load_images(split.image_paths[-2:], 32))
+    for variant, pixels in enumerate((images, images.flip(2))):
+        mean, std = VaeCodec(tiny_vae).moments(pixels)
+        torch.testing.assert_close(cache.mean[-2:, variant], mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cache.std[-2:, variant], std, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(cache.mean[:, 0], cache.mean[:, 1])
 
 
 def test_extracting_again_finds_the_cache_complete(store, tiny_vae):
-    done = run_script("extract_features.py", "--data-path", store / "data", "--features-path", store / "one",
-                      "--vae", tiny_vae, *SIZE)
-    assert "complete already" in succeeded(done)
+    (file,) = (store / "one" / "features_0").glob("shard-*")
+    before = file.stat().st_mtime_ns
+    assert "complete already" in succeeded(extract(store / "data", store / "one", tiny_vae))
+    assert file.stat().st_mtime_ns == before
 
 
 # ---- training
 
 
 def test_a_run_leaves_what_it_promises(trained):
-    checkpoint = weights(trained)
-    steps = checkpoint["step"]
-    assert checkpoint["epoch"] == 2 and len(losses(trained)) == steps
-    assert best(trained).is_file() and "best KID" in (trained / "log.txt").read_text()
-    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["epoch-00001.png", "epoch-00002.png"]
-    assert checkpoint["label_names"] == list(read_split(trained.parents[1] / "data", "val_0").label_names)
+    last, best, kids = checkpoint(trained), checkpoint(trained, "best"), metrics(trained, "kid")
+    images = len(read_split(trained.parents[1] / "data", "train_0"))
+    per_epoch = images // 4
+    assert (last["step"], last["epoch"]) == (2 * per_epoch, 2)
+    assert list(metrics(trained, "loss")) == list(range(1, 2 * per_epoch + 1))
+    assert np.isfinite(list(metrics(trained, "loss").values())).all()
+    assert list(kids) == [per_epoch, 2 * per_epoch]
+    assert (best["best_kid"], best["step"]) == min((kid, step) for step, kid in kids.items())
+    assert last["best_kid"] == best["best_kid"]
+    assert last["label_names"] == list(read_split(trained.parents[1] / "data", "val_0").label_names)
+    log = (trained / "log.txt").read_text()
+    for words in ("command: ", "2,255,720 parameters", f"{images} images", f"step {per_epoch}: loss",
+                  f"step {per_epoch}: validation KID", "complete: epoch 2"):
+        assert words in log
+    grids = sorted((trained / "samples").iterdir())
+    assert [p.name for p in grids] == ["epoch-00001.png", "epoch-00002.png"]
+    assert all(np.asarray(Image.open(p)).std() > 10 for p in grids)
     assert any(p.name.startswith("events.out") for p in trained.iterdir())
-    moved = [k for k, v in checkpoint["model"].items() if not torch.equal(v, checkpoint["ema"][k])]
-    assert len(moved) == len(checkpoint["model"])  # the average is not the net, and every weight learns
+    moved = [k for k, v in last["model"].items() if not torch.equal(v, last["ema"][k])]
+    assert len(moved) == len(last["model"])  # the average is not the net, and every weight learns
 
 
-def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae):
-    succeeded(train(store, tiny_vae, "halves", "--epochs", 1, "--validate-every", 1))
-    out = succeeded(train(store, tiny_vae, "halves", "--epochs", 2, "--validate-every", 1))
-    halves = store / "halves" / "000-GeCA-XS-0"
-    assert "continuing from step" in out and losses(halves) == losses(trained)
-    a, b = weights(halves), weights(trained)
+def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, monkeypatch):
+    """One epoch; the same command with more epochs, killed inside the second; the same command once more."""
+    succeeded(train(store, tiny_vae, "halves", "--epochs", 1))
+    steps = checkpoint(trained)["step"]
+    log_metrics = runs.RunLog.metrics
+
+    def power_cut(log, step, **values):
+        log_metrics(log, step, **values)
+        if step == steps - 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunLog, "metrics", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(store, tiny_vae, "halves", "--epochs", 2, "--ckpt-every", 2)
+    halves = store / "halves" / RUN
+    assert checkpoint(halves)["step"] == steps - 2
+    assert f"continuing from step {steps - 2}" in succeeded(
+        train(store, tiny_vae, "halves", "--epochs", 2, "--ckpt-every", 2))
+    assert metrics(halves, "loss") == pytest.approx(metrics(trained, "loss"), rel=1e-6)
+    a, b = checkpoint(halves), checkpoint(trained)
+    assert a["step"] == b["step"] and [p.name for p in halves.parent.iterdir()] == [RUN]
     for name in ("model", "ema"):
-        assert all(torch.equal(a[name][key], b[name][key]) for key in b[name])
+        for key in b[name]:
+            torch.testing.assert_close(a[name][key], b[name][key], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_train_as_one_does(store, trained, tiny_vae, launcher):
-    succeeded(train(store, tiny_vae, launcher, "--epochs", 2, "--validate-every", 1, processes=2, launcher=launcher))
-    run = store / launcher / "000-GeCA-XS-0"
-    np.testing.assert_allclose(losses(run), losses(trained), rtol=1e-3)
-    kids = [[json.loads(line).get("kid") for line in (r / "metrics.jsonl").read_text().splitlines()]
-            for r in (run, trained)]
-    np.testing.assert_allclose(*[[k for k in ks if k is not None] for ks in kids], rtol=0.05)
+def test_another_setting_is_another_run_and_a_finished_one_stays(store, trained, tiny_vae):
+    before = (trained / "checkpoints" / "last_ckpt.pt").stat().st_mtime_ns
+    out = succeeded(train(store, tiny_vae, "whole", "--epochs", 1))  # of which two are done
+    assert "continuing from step" in out and (trained / "checkpoints" / "last_ckpt.pt").stat().st_mtime_ns == before
+    succeeded(train(store, tiny_vae, "whole", "--epochs", 1, "--lr", "2e-3"))
+    assert sorted(p.name for p in trained.parent.iterdir()) == [RUN, f"001{RUN[3:]}"]
+
+
+@pytest.mark.parametrize("launcher, more", [("accelerate", ()), ("torchrun", ("--multi_scale",))])
+def test_two_processes_train_as_one_does(store, trained, tiny_vae, launcher, more):
+    more = ("--epochs", 2, "--validate_every", 1, *more)
+    succeeded(train(store, tiny_vae, launcher, *more, run=run_script, processes=2, launcher=launcher))
+    two, one = store / launcher / RUN, trained
+    if "--multi_scale" in more:
+        succeeded(train(store, tiny_vae, "alone", *more))
+        one = store / "alone" / RUN
+    assert "2 process(es)" in (two / "log.txt").read_text() and "1 process(es)" in (one / "log.txt").read_text()
+    assert metrics(two, "loss") == pytest.approx(metrics(one, "loss"), rel=1e-4)
+    assert metrics(two, "kid") == pytest.approx(metrics(one, "kid"), rel=0.05)
 
 
 def test_other_ways_of_training(store, trained, tiny_vae):
-    """Pixels instead of latents; several grids; normalised gradients, from the weights of another run."""
-    succeeded(run_script("extract_features.py", "--data-path", store / "data", "--features-path", store / "pixels",
-                         "--image_space", "--image-size", 8))
-    common = ("--model", "GeCA-XS", "--data-path", store / "data", "--features", tiny_vae, "--num-sampling-steps", 2,
-              "--val-samples", 2, "--epochs", 1, "--global-batch-size", 8, "--log-every", 1)
-    succeeded(run_script("train.py", *common, "--feature-path", store / "pixels", "--image-space", "--image-size", 8,
-                         "--results-dir", store / "image_space"))
-    pixels = weights(store / "image_space" / "000-GeCA-XS-0")
-    assert pixels["model_args"]["in_channels"] == 3 and pixels["model_args"]["input_size"] == 8
-    out = succeeded(run_script(
-        "train.py", *common, "--feature-path", store / "one", "--vae", tiny_vae, *SIZE, "--multi_scale", "--grad_norm",
-        "--load_from", best(trained), "--results-dir", store / "scales"))
-    assert "complete: epoch 1" in out
+    """Pixels instead of latents; normalised gradients, from the weights of another run."""
+    succeeded(extract(store / "data", store / "pixels", tiny_vae, "--image_space", "--image-size", 8))
+    succeeded(train(store, tiny_vae, "image_space", "--epochs", 1, "--image-space", "--image-size", 8, cache="pixels"))
+    model = checkpoint(store / "image_space" / RUN)["model_args"]
+    assert (model["in_channels"], model["input_size"]) == (3, 8)
+    best = trained / "checkpoints" / "best_ckpt.pt"
+    succeeded(train(store, tiny_vae, "normalised", "--epochs", 1, "--grad_norm", "--load_from", best))
+    first = [metrics(store / r / RUN, "loss")[1] for r in ("normalised", "whole")]
+    assert first[0] < 0.9 * first[1]  # it starts from what that run had learnt
 
 
 # ---- sampling
 
 
-def sample(script, run, folder, *more, **launch):
+def sample(script, run, folder, *more, way=call_script, **launch):
     data = run.parents[1] / ("data" if script == "sample_ddp_val.py" else "one")
-    return run_script(script, "--ckpt", best(run), "--data_path", data, "--num-sampling-steps", 3,
-                      "--sample-dir", folder, *more, **launch)
+    return way(script, "--ckpt", run / "checkpoints" / "best_ckpt.pt", "--data_path", data, "--num-sampling-steps", 3,
+               "--sample-dir", folder, *more, **launch)
 
 
-def name_of(tiny_vae):
-    return f"GeCA-XS-GS-fold-0-nstep-3-best_ckpt-size-32-vae-{tiny_vae.rpartition('/')[2]}-cfg-1.5-seed-0"
+NAME = "GeCA-XS-GS-fold-0-nstep-3-best_ckpt-size-32-vae-vae-cfg-1.5-seed-0"  # as published
 
 
-def pixels(folder):
+def pictures(folder):
     return {p.name: np.asarray(Image.open(p), int) for p in sorted(folder.glob("*.png"))}
 
 
-def test_samples_do_not_depend_on_processes_or_batch_size(trained, tiny_vae, tmp_path):
+def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
     succeeded(sample("sample_ddp_val.py", trained, tmp_path / "a", "--per-proc-batch-size", 3))
-    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "b", "--per-proc-batch-size", 8, processes=2,
-                     launcher="torchrun"))
-    a, b = (tmp_path / x / name_of(tiny_vae) for x in "ab")
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "b", "--per_proc_batch_size", 8, way=run_script,
+                     processes=2, launcher="torchrun"))
+    a, b = (tmp_path / x / NAME for x in "ab")
     assert (a / "val_syn_0.csv").read_text() == (b / "val_syn_0.csv").read_text()
     split = read_split(trained.parents[1] / "data", "val_0")
-    made, again = pixels(a / "gen_samples_val"), pixels(b / "gen_samples_val")
+    made, again = pictures(a / "gen_samples_val"), pictures(b / "gen_samples_val")
     assert list(made) == list(again) == [f"{i:06d}.png" for i in range(len(split))]
     assert all(abs(made[k] - again[k]).max() <= 1 for k in made)
+    assert len({image.tobytes() for image in made.values()}) == len(split)  # no two are alike
     listed = read_split(a, "val_syn_0")
     assert np.array_equal(listed.labels, split.labels) and listed.label_names == split.label_names
     assert np.array_equal(np.load(a / "val_syn_0.npy"), split.labels)
 
 
-def test_expansion_repeats_the_training_labels_and_continues(trained, tiny_vae, tmp_path):
-    out = succeeded(sample("sample_ddp.py", trained, tmp_path, "--expand_ratio", 2))
-    folder = tmp_path / name_of(tiny_vae)
+@pytest.fixture(scope="module")
+def expanded(trained, tmp_path_factory):
+    """Two images for the labels of each training image, by plain `python`."""
+    folder = tmp_path_factory.mktemp("expanded")
+    succeeded(sample("sample_ddp.py", trained, folder, "--expand_ratio", 2, "--model", "GeCA-XS", "--num_classes", 11,
+                     way=run_script))
+    return folder
+
+
+def test_the_expansion_repeats_the_training_labels(trained, expanded):
     labels = read_split(trained.parents[1] / "data", "train_0").labels
-    listed = read_split(folder, "train_syn_0")
-    assert np.array_equal(listed.labels, np.concatenate([labels, labels])) and f"{len(listed)} images" in out
-    before = pixels(folder / "gen_samples")
-    assert (before["000000.png"] != before[f"{len(labels):06d}.png"]).any()  # same labels, another image
-    for name in ("000001.png", "000003.png"):
-        (folder / "gen_samples" / name).unlink()
-    succeeded(sample("sample_ddp.py", trained, tmp_path, "--expand-ratio", 2))
-    after = pixels(folder / "gen_samples")
-    assert list(after) == list(before) and all((after[k] == before[k]).all() for k in before)
+    listed = read_split(expanded / NAME, "train_syn_0")
+    assert np.array_equal(listed.labels, np.concatenate([labels, labels]))
+    made = pictures(expanded / NAME / "gen_samples")
+    assert (made["000000.png"] != made[f"{len(labels):06d}.png"]).any()  # the same labels, another image
+
+
+def test_a_stopped_sampler_makes_what_is_missing_and_keeps_the_rest(trained, expanded):
+    folder = expanded / NAME / "gen_samples"
+    before, lost = pictures(folder), ("000001.png", "000003.png")
+    written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    for name in lost:
+        (folder / name).unlink()
+    succeeded(sample("sample_ddp.py", trained, expanded, "--expand-ratio", 2))
+    assert {p.name for p in folder.iterdir() if p.stat().st_mtime_ns != written[p.name]} == set(lost)
+    after = pictures(folder)
+    assert list(after) == list(before) and all(abs(after[k] - before[k]).max() <= 1 for k in before)
 
 
 # ---- mistakes: one line, exit code 2, nothing left behind
@@ -199,45 +254,157 @@ def refused(done, *words):
 
 @pytest.fixture
 def spoiled(root, tmp_path):
+    """A copy of the data root, to be damaged."""
     return shutil.copytree(root / "data", tmp_path / "data")
 
 
-def extract(data, out, tiny_vae, *more):
-    return run_script("extract_features.py", "--data-path", data, "--features-path", out, "--vae", tiny_vae,
-                      *SIZE, *more)
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
 
 
-def test_wrong_number_of_labels(root, tiny_vae, tmp_path):
-    refused(extract(root / "data", tmp_path / "out", tiny_vae, "--num-classes", 5), "--num-classes 5", "11 labels")
+def make_jpeg(file):
+    Image.open(file).save(file, format="JPEG", quality=95)
+
+
+def keep_header(table):
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda image, table: image.unlink(), ("train_0.csv", "1 missing file")),
+    (lambda image, table: cut(image), ("cannot be read as an image",)),
+    (lambda image, table: (make_jpeg(image), cut(image)), ("cannot be read as an image", "truncated")),
+    (lambda image, table: table.unlink(), ("train_0.csv", "no such file", "train_1.csv")),
+    (lambda image, table: keep_header(table), ("train_0.csv", "holds no image")),
+], ids=["missing image", "half a PNG", "half a JPEG", "no CSV", "empty CSV"])
+def test_extraction_refuses_a_spoiled_root(spoiled, tiny_vae, tmp_path, spoil, words):
+    spoil(read_split(spoiled, "train_0").image_paths[-1], spoiled / "train_0.csv")
+    refused(extract(spoiled, tmp_path / "out", tiny_vae), *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_and_missing_images(spoiled, tiny_vae, tmp_path):
-    last = read_split(spoiled, "train_0").image_paths[-1]
-    last.write_bytes(last.read_bytes()[:200])
-    refused(extract(spoiled, tmp_path / "out", tiny_vae), last.name, "cannot be read")
-    last.unlink()
-    refused(extract(spoiled, tmp_path / "out", tiny_vae), last.name, "missing")
+@pytest.mark.parametrize("more, words", [
+    (("--num_classes", 5), ("--num-classes 5", "11 labels")),
+    (("--image-size", 36), ("--image-size 36", "multiple of 8")),
+    (("--vae", "nowhere"), ("--vae nowhere", "no such folder")),
+])
+def test_extraction_refuses_wrong_flags(root, tiny_vae, tmp_path, more, words):
+    refused(extract(root / "data", tmp_path / "out", tiny_vae, *more), *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_empty_fold(store, spoiled, tiny_vae, tmp_path):
-    header = (spoiled / "val_0.csv").read_text().splitlines()[0]
-    (spoiled / "val_0.csv").write_text(header + "\n")
-    done = run_script("train.py", "--data-path", spoiled, "--feature-path", store / "one", "--vae", tiny_vae, *SIZE,
-                      "--results-dir", tmp_path / "results")
-    refused(done, "val_0.csv", "holds no image")
+def test_extraction_leaves_other_features_alone(store, spoiled, tiny_vae):
+    table = spoiled / "train_0.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
+    refused(extract(spoiled, store / "one", tiny_vae), "holds other features", "csv_sha256")
+    assert len(latents.load(store / "one", 0)) == len(read_split(store / "data", "train_0"))
+
+
+def test_a_file_in_place_of_a_folder(store, trained, tiny_vae, tmp_path):
+    (tmp_path / "file").touch()
+    refused(extract(store / "data", tmp_path / "file", tiny_vae), "Not a directory", "file")
+    refused(train(store, tiny_vae, tmp_path / "file", "--epochs", 1), "Not a directory", "file")
+    refused(sample("sample_ddp_val.py", trained, tmp_path / "file"), "Not a directory", "file")
+
+
+def test_one_line_is_all_that_a_process_prints(root, tiny_vae, tmp_path):
+    """Not in this process, whose warnings pytest collects."""
+    refused(train(root, tiny_vae, tmp_path / "out", "--epochs", 1, "--fold", 1, cache="nowhere", run=run_script),
+            "--fold 1", "no features at all", "extract_features.py --fold 1")
+    assert not (tmp_path / "out").exists()
+
+
+def other_vae(folder):
+    build((4, 4, 8, 8)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_training_refuses_wrong_flags_and_caches(store, trained, tiny_vae, tmp_path):
+    best = trained / "checkpoints" / "best_ckpt.pt"
+    shutil.copy(best, tmp_path / "half.pt")
+    cut(tmp_path / "half.pt")
+    shutil.copytree(store / "one", tmp_path / "cut")
+    cut(next((tmp_path / "cut" / "features_0").glob("shard-*")))
+    cases = [
+        (("--num-classes", 5), ("--num-classes 5", "11 labels")),
+        (("--fold", 7), ("val_7.csv", "no such file")),
+        (("--fold", 1), ("--fold 1", "features_0")),
+        (("--vae", other_vae(tmp_path / "vae")), ("features_0", "vae is", "extract again")),
+        (("--image-size", 64), ("shape (4, 4, 4)", "expected (4, 8, 8)")),
+        (("--in_channels", 3), ("--in-channels 3", "has 4")),
+        (("--load_from", tmp_path / "half.pt"), ("--load-from", "half.pt", "not a checkpoint")),
+        (("--load-from", best, "--model", "GeCA-S"), ("--load-from", "holds a GeCA-XS")),
+        (("--feature-path", tmp_path / "cut"), ("shard-00000", "damaged")),
+    ]
+    for more, words in cases:
+        refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 1, *more), *words)
     assert not (tmp_path / "results").exists()
 
 
-def test_cache_of_another_autoencoder(store, tiny_vae, tmp_path):
-    from train_vae import build
-
-    build((4, 4, 8, 8)).save_pretrained(tmp_path / "vae")
-    refused(train(store, str(tmp_path / "vae"), tmp_path / "results", "--epochs", 1), "features_0", "vae is")
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: keep_header(root / "val_0.csv"), ("val_0.csv", "holds no image")),
+    (lambda root: shutil.copy(root / "train_1.csv", root / "train_0.csv"), ("features_0",)),
+], ids=["no validation image", "another fold's images"])
+def test_training_refuses_a_root_that_is_not_the_caches(store, spoiled, tiny_vae, tmp_path, spoil, words):
+    spoil(spoiled)
+    refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 1, data=spoiled), *words)
     assert not (tmp_path / "results").exists()
 
 
-def test_checkpoint_of_another_model(trained, tmp_path):
-    refused(sample("sample_ddp_val.py", trained, tmp_path / "out", "--model", "GeCA-S"), "--model GeCA-S", "GeCA-XS")
+def test_a_damaged_last_checkpoint_is_not_trained_over(store, trained, tiny_vae, tmp_path):
+    shutil.copytree(trained.parent, tmp_path / "results")
+    last = tmp_path / "results" / RUN / "checkpoints" / "last_ckpt.pt"
+    cut(last)
+    size = last.stat().st_size
+    refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 3), "last_ckpt.pt", "not a checkpoint")
+    assert last.stat().st_size == size
+
+
+def test_samplers_refuse_other_checkpoints(trained, tmp_path):
+    best = trained / "checkpoints" / "best_ckpt.pt"
+    shutil.copy(best, tmp_path / "half.pt")
+    cut(tmp_path / "half.pt")
+    torch.save({"ema": Trap(str(tmp_path / "ran"))}, tmp_path / "trap.pt")
+    torch.save({"model": {}, "ema": {}}, tmp_path / "foreign.pt")
+    cases = [
+        (("--model", "GeCA-S"), ("--model GeCA-S", "--model GeCA-XS")),
+        (("--num_classes", 5), ("--num-classes 5", "--num-classes 11")),
+        (("--image-size", 64), ("--image-size 64", "--image-size 32")),
+        (("--ckpt", tmp_path / "nowhere.pt"), ("nowhere.pt", "no such file")),
+        (("--ckpt", tmp_path / "half.pt"), ("half.pt", "not a checkpoint")),
+        (("--ckpt", tmp_path / "trap.pt"), ("trap.pt", "loaded safely")),
+        (("--ckpt", tmp_path / "foreign.pt"), ("foreign.pt", "not a checkpoint of train.py")),
+        (("--fold", 7), ("val_7.csv", "no such file")),
+    ]
+    for more, words in cases:
+        refused(sample("sample_ddp_val.py", trained, tmp_path / "out", *more), *words)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+
+
+def test_samplers_refuse_an_exchanged_autoencoder(trained, tiny_vae, tmp_path):
+    moved = shutil.copytree(tiny_vae, tmp_path / "kept")
+    shutil.rmtree(tiny_vae)
+    try:
+        other_vae(tiny_vae)
+        refused(sample("sample_ddp_val.py", trained, tmp_path / "out"), "was trained with", "restore that VAE")
+    finally:
+        shutil.rmtree(tiny_vae)
+        shutil.copytree(moved, tiny_vae)
     assert not (tmp_path / "out").exists()
+
+
+def test_samplers_do_not_mix_images_of_other_weights_or_labels(store, trained, tiny_vae, expanded, spoiled):
+    """Another run may have the same name and step, another data root the same fold."""
+    folder = expanded / NAME
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    twin = store / "twin" / RUN
+    (twin / "checkpoints").mkdir(parents=True)
+    changed = checkpoint(trained, "best")
+    changed["ema"]["final_layer.linear.bias"] += 0.1
+    torch.save(changed, twin / "checkpoints" / "best_ckpt.pt")
+    refused(sample("sample_ddp.py", twin, expanded), "images of another checkpoint", "--sample-dir")
+    table = spoiled / "train_0.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    refused(sample("sample_ddp.py", trained, expanded, "--data-path", spoiled), "other labels", "--sample-dir")
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
