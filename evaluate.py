@@ -46,6 +46,9 @@ class ImageSet:
 
 def main():
     args = parser().parse_args()
+    runtime.alone("evaluate.py")
+    if args.gg_extractor:
+        raise UserError(f"--gg_extractor {args.gg_extractor}: this version scores KID only, not GG; leave the flag out")
     args.output = args.output or args.gen[0]
     check_devices(args.device_list or [])
     if args.output.exists() and not args.output.is_dir():
@@ -240,6 +243,8 @@ def parser():
     p.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the images, in pixels")
     p.add_argument("--features", nargs="+", default=["retina"], metavar="NAME",
                    help=f"feature spaces, each a column: {', '.join(SPACES)} or the folder of an autoencoder")
+    p.add_argument("--gg-extractor", choices=("dino", "inception", "clip"),
+                   help="published flag for the score GG, which this version does not compute: an error")
     p.add_argument("--subset-size", type=integer(2),
                    help="images per KID subset (default: a fourth of the generated images, as in the paper)")
     p.add_argument("--device-list", type=device, nargs="+", metavar="DEVICE",

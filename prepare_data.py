@@ -9,6 +9,7 @@ Writes ROOT/images/, ROOT/test.csv and, for each fold k, ROOT/train_{k}.csv and 
 All or nothing: ROOT appears when it is complete.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ SOURCES = {
 
 def main():
     args = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("prepare_data.py works in one process: start it with `python`")
     with built_whole(args.output) as root:
         label_names, count, records = SOURCES[args.source].open(args)
         records = tqdm(records, args.source, count, unit="image", disable=None)

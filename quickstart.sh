@@ -5,23 +5,27 @@
 #   ./quickstart.sh --data ROOT     on a data root made with prepare_data.py
 #
 # prepare data -> extract latents -> train (from the bundled GeCA-XS) -> sample -> score -> a report to look at.
-# Options: --minutes N (training time, default 3), --output DIR (default runs/quickstart). The same command
+# Options: --minutes N (training time, default 3), --output DIR (default runs/quickstart[-ROOT]). The same command
 # continues a run that was stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
-DATA="" MINUTES=3 OUTPUT=runs/quickstart
+DATA="" MINUTES=3 OUTPUT=""
 while [ $# -gt 0 ]; do
+    case "$1" in --help|-h) usage; exit 0 ;; esac
+    [ $# -ge 2 ] || { echo "quickstart.sh: error: $1: expected a value" >&2; exit 2; }
     case "$1" in
-        --help|-h) usage; exit 0 ;;
-        --data|--minutes|--output)
-            [ $# -ge 2 ] || { echo "quickstart.sh: error: $1: expected a value" >&2; exit 2; } ;;&
-        --data) DATA=$2; shift 2 ;;
-        --minutes) MINUTES=$2; shift 2 ;;
-        --output) OUTPUT=$2; shift 2 ;;
+        --data) DATA=$2 ;;
+        --minutes) MINUTES=$2 ;;
+        --output) OUTPUT=$2 ;;
         *) echo "quickstart.sh: error: unknown option $1 (--help lists them)" >&2; exit 2 ;;
     esac
+    shift 2
 done
+case "$MINUTES" in
+    ''|*[!0-9.]*|0) echo "quickstart.sh: error: --minutes $MINUTES: expected a number above 0" >&2; exit 2 ;;
+esac
+OUTPUT=${OUTPUT:-runs/quickstart${DATA:+-$(basename "$DATA")}}
 source scripts/setup.sh
 
 step() { printf '\n== %s\n' "$1"; }
@@ -40,7 +44,7 @@ python train.py --model GeCA-XS --data-path "$DATA" --feature-path "$OUTPUT/feat
     --image-size 64 --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --global-batch-size 32 --lr 2e-4 \
     --ema-decay 0.999 --max-minutes "$MINUTES" --val-samples 16 --num-sampling-steps 50 --log-every 50 \
     --ckpt-every 100 --results-dir "$OUTPUT/results"
-RUN=$(ls -d "$OUTPUT"/results/*-GeCA-XS-0 | tail -n 1)
+RUN=$(ls -dt "$OUTPUT"/results/*-GeCA-XS-0 | head -n 1)
 
 step "4 sampling: one image for the labels of every validation image"
 python sample_ddp_val.py --ckpt "$RUN/checkpoints/last_ckpt.pt" --data-path "$DATA" --fold 0 \

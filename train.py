@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from diffusion import create_diffusion, multiscale
@@ -28,9 +28,9 @@ from models import MODELS
 from pipeline import checkpoint as checkpoints
 from pipeline import latents, pictures, runs
 from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import load_images, read_split
+from pipeline.data import fingerprint, load_images, read_split
 from pipeline.files import write_atomically
-from pipeline.runtime import stop
+from pipeline.runtime import start, stop
 from pipeline.sampling import sample_images
 from pipeline.seeds import generator
 from pipeline.vae import cells_per_side, open_codec, same_weights
@@ -76,7 +76,7 @@ class Training:
         share = sum(self.losses(samples).sum() for samples in self.draw(mine)) / self.batch
         self.accelerator.backward(share * processes)  # DDP averages the gradients of the processes
         if self.args.grad_norm:
-            # Published: normalised before unscaling, so that under fp16 Adam sees values near its epsilon.
+            # The published code normalises before unscaling: under fp16 Adam then sees values near its epsilon.
             self.accelerator.unscale_gradients()
             for p in self.net.parameters():
                 p.grad /= p.grad.norm() + 1e-8
@@ -188,7 +188,8 @@ class Validation:
         images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
         if rank == 0:
             self.write_grid(images, folder / "samples" / f"epoch-{training.epoch:05d}.png")
-        return polynomial_mmd(self.real_features, self.features(images)).item()
+        kid = [polynomial_mmd(self.real_features, self.features(images)).item() if rank == 0 else None]
+        return broadcast_object_list(kid)[0]  # one number: the processes must agree on what is best
 
     def write_grid(self, images, path):
         """Real images above generated ones with the same labels."""
@@ -214,7 +215,7 @@ def train(args, training, validation, log, about):
     def validate():
         kid = validation(training, log.folder)
         log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{validation.features.name}] "
-                 f"{1e3 * kid:.2f}e-3 ({args.val_samples} images, {args.num_sampling_steps} steps, EMA)")
+                 f"{1e3 * kid:.2f}e-3 ({len(validation.chosen)} images, {args.num_sampling_steps} steps, EMA)")
         log.metrics(training.step, kid=kid)
         if kid < training.best_kid:
             training.best_kid = kid
@@ -255,8 +256,14 @@ def main():
     args.validate_every = args.validate_every or args.epochs
     validation_split = read_split(args.data_path, f"val_{args.fold}", args.num_classes)
     training_split = read_split(args.data_path, f"train_{args.fold}", args.num_classes)
+    if training_split.label_names != validation_split.label_names:
+        raise UserError(f"{validation_split.path}: labels {' '.join(validation_split.label_names)}, expected those of "
+                        f"{training_split.path.name}: {' '.join(training_split.label_names)}")
     cache = latents.load(args.feature_path, args.fold)
+    start()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU (there is no loss scaling on a CPU); give bf16 or no")
     codec = open_codec(args.vae, args.image_space, accelerator.device)
     latents.check(cache, latents.manifest_of(training_split, codec, args.image_size), codec,
                   cells_per_side(args.image_size, codec))
@@ -271,6 +278,8 @@ def main():
     args.num_classes, args.in_channels = len(label_names), codec.channels
     args.data_path, args.feature_path = str(args.data_path), str(args.feature_path)
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+    settings |= {"codec": codec.identity, "training_images": fingerprint(training_split),
+                 "validation_images": fingerprint(validation_split)}  # other data or VAE: another run
     folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
     training = Training(args, accelerator, cache, label_names, codec)
     last = folder / "checkpoints" / "last_ckpt.pt"

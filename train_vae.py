@@ -141,10 +141,22 @@ def score(folder, roots, sizes, device):
     (folder / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
+def check_shapes(args):
+    """Refuse sizes that the net cannot halve three times, or widths that its norms cannot group."""
+    for flag, values, unit in (("--crop", [args.crop], 8), ("--sizes", args.sizes, 8), ("--widths", args.widths, 4)):
+        odd = [value for value in values if value % unit]
+        if odd:
+            raise UserError(f"{flag} {odd[0]}: expected a multiple of {unit}")
+
+
 def main():
     args = parser().parse_args()
+    runtime.alone("train_vae.py")
+    check_shapes(args)
     device = runtime.start().device
     paths = [path for root in args.data_path for path in training_paths(root)]
+    if not paths:
+        raise UserError(f"--data-path {' '.join(map(str, args.data_path))}: no training image outside test.csv")
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.global_seed)
     vae = build(args.widths).to(device, memory_format=torch.channels_last)

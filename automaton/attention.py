@@ -45,7 +45,10 @@ class _NeighbourhoodAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, weights = ctx.saved_tensors
+        # The backward of a softmax is a difference of near equals, and nine terms are summed: not in half precision.
+        kept = ctx.saved_tensors[0].dtype
+        exact = torch.promote_types(kept, torch.float32)
+        q, k, v, weights, grad = (tensor.to(exact) for tensor in (*ctx.saved_tensors, grad))
         scale = q.shape[-1] ** -0.5
         padded_k, padded_v = _padded(k), _padded(v)
         grad_weights = torch.stack([(grad * value).sum(-1) for value in _views(padded_v)], -1)
@@ -58,4 +61,4 @@ class _NeighbourhoodAttention(torch.autograd.Function):
             to_key.addcmul_(grad_logits[..., i, None], q)
             to_value.addcmul_(weights[..., i, None], grad)
         inside = (slice(None), slice(1, -1), slice(1, -1))  # what fell outside the grid is dropped
-        return grad_q, grad_k[inside], grad_v[inside]
+        return grad_q.to(kept), grad_k[inside].to(kept), grad_v[inside].to(kept)

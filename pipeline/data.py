@@ -6,6 +6,7 @@ label, so a root describes itself; nothing is guessed from a path.
 """
 
 import csv
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ def read_split(root, name, num_classes=None):
     if missing:
         raise UserError(f"{path}: names {len(missing)} missing file(s), the first is {missing[0]}")
     return split
+
+
+def fingerprint(split):
+    """SHA-256 of the CSV file of a split."""
+    return hashlib.sha256(split.path.read_bytes()).hexdigest()
 
 
 def _labels(path, rows, label_names):

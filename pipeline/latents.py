@@ -6,7 +6,6 @@ a new draw and mirror each time (the published extraction freezes one of each fo
 layout, one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli import UserError
+from pipeline.data import fingerprint
 from pipeline.files import write_atomically, write_text
 from pipeline.vae import same_weights
 
@@ -49,7 +49,7 @@ def manifest_of(split, codec, image_size):
     """What a cache of these images through this codec must say of itself."""
     return {
         "format": FORMAT, "vae": codec.identity, "image_size": image_size, "label_names": list(split.label_names),
-        "csv": split.path.name, "csv_sha256": hashlib.sha256(split.path.read_bytes()).hexdigest(),
+        "csv": split.path.name, "csv_sha256": fingerprint(split),
         "filenames": list(split.filenames),
     }
 

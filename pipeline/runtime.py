@@ -1,5 +1,6 @@
 """What a process needs to know about itself: its rank, its device, its versions."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -7,16 +8,26 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from pipeline.cli import UserError
+
 
 def start(tf32=False):
     """Join the process group that `torchrun` or `accelerate launch` describes; alone, be a group of one.
 
+    TF32 is off unless asked for: it changes numbers.
     Returns accelerate's PartialState (`process_index`, `num_processes`, `device`, `wait_for_everyone`):
     CUDA with nccl where there is a GPU, else CPU with gloo.
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def alone(script):
+    """Refuse to run several times over: for scripts that do all their work in one process. Raises UserError."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise UserError(f"{script} was started as {processes} processes, it works in one: start it with `python`")
 
 
 def stop():
@@ -28,9 +39,13 @@ def stop():
 def versions():
     """Software, hardware and git commit of this run, for the head of its log."""
     here = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu,
-        "cpu_threads": torch.get_num_threads(), "commit": git.stdout.strip() or "unknown",
+        "cpu_threads": torch.get_num_threads(), "commit": commit,
     }

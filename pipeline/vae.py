@@ -104,12 +104,15 @@ def _load(name):
         if local:
             reason = str(error).splitlines()[0]
             raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({reason})") from None
-    if not _reachable(hub.constants.ENDPOINT):
-        raise UserError(
-            f"--vae {name}: {source} is neither in the Hugging Face cache nor reachable; on a machine with a "
-            f"network run `hf download {source}` and copy its cache, or use the bundled one: --vae retina"
-        )
-    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+    missing = UserError(
+        f"--vae {name}: {source} is neither in the Hugging Face cache nor reachable; on a machine with a "
+        f"network run `hf download {source}` and copy its cache, or use the bundled one: --vae retina")
+    if hub.constants.HF_HUB_OFFLINE or not _reachable(hub.constants.ENDPOINT):
+        raise missing
+    try:
+        return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
+    except (OSError, ValueError, KeyError):
+        raise missing from None
 
 
 def _reachable(url):

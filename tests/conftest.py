@@ -57,7 +57,8 @@ def run_script(*arguments, processes=1, launcher="plain"):
     if launcher == "torchrun":
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     elif launcher == "accelerate":
-        command[1:1] = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}",
+        # As published. `--cpu` in place of `--multi_gpu` would start a single process unless there is MPI.
+        command[1:1] = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}",
                         "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

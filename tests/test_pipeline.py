@@ -170,16 +170,27 @@ def test_two_processes_train_as_one_does(store, trained, tiny_vae, launcher, mor
     assert metrics(two, "kid") == pytest.approx(metrics(one, "kid"), rel=0.05)
 
 
-def test_other_ways_of_training(store, trained, tiny_vae):
-    """Pixels instead of latents; normalised gradients, from the weights of another run."""
+def test_training_in_image_space(store, tiny_vae):
     succeeded(extract(store / "data", store / "pixels", tiny_vae, "--image_space", "--image-size", 8))
     succeeded(train(store, tiny_vae, "image_space", "--epochs", 1, "--image-space", "--image-size", 8, cache="pixels"))
     model = checkpoint(store / "image_space" / RUN)["model_args"]
     assert (model["in_channels"], model["input_size"]) == (3, 8)
-    best = trained / "checkpoints" / "best_ckpt.pt"
-    succeeded(train(store, tiny_vae, "normalised", "--epochs", 1, "--grad_norm", "--load_from", best))
-    first = [metrics(store / r / RUN, "loss")[1] for r in ("normalised", "whole")]
-    assert first[0] < 0.9 * first[1]  # it starts from what that run had learnt
+
+
+def test_another_run_gives_the_start_values_and_gradients_can_be_normalised(store, trained, tiny_vae, monkeypatch):
+    """At learning rate 0 the net stays what --load_from gave it; --grad_norm brings every gradient to norm 1."""
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(optimiser, *arguments):
+        norms.extend(p.grad.norm().item() for group in optimiser.param_groups for p in group["params"])
+        return step(optimiser, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    succeeded(train(store, tiny_vae, "again", "--epochs", 1, "--lr", 0, "--grad_norm", "--load_from",
+                    trained / "checkpoints" / "best_ckpt.pt"))
+    source, again = checkpoint(trained, "best")["ema"], checkpoint(store / "again" / RUN)
+    assert all(torch.equal(again[name][key], source[key]) for name in ("model", "ema") for key in source)
+    assert len(norms) == len(source) * again["step"] and norms == pytest.approx([1] * len(norms), rel=0.01)
 
 
 # ---- sampling
