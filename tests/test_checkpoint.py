@@ -1,4 +1,4 @@
-"""Checkpoints and run folders."""
+"""Checkpoints: safe to read, whole or not there, and enough to rebuild the net."""
 
 import os
 import pickle
@@ -8,16 +8,16 @@ import torch
 
 from models import MODELS
 from pipeline import checkpoint as checkpoints
-from pipeline import runs
 from pipeline.cli import UserError
 
 
 def small_checkpoint():
-    model = MODELS["GeCA-XS"](input_size=4, num_classes=3)
+    model = MODELS["GeCA-XS"](input_size=4, num_classes=3, in_channels=2)
+    raw = {key: value + 1 for key, value in model.state_dict().items()}
     return model, {
-        "model": model.state_dict(), "ema": model.state_dict(), "opt": {}, "scaler": {}, "step": 7, "epoch": 1,
+        "model": raw, "ema": model.state_dict(), "opt": {}, "scaler": {}, "step": 7, "epoch": 1,
         "best_kid": 0.5, "minutes": 1.0, "label_names": ["A", "B", "C"], "codec": "stand-in:12", "run": "000-GeCA-XS-0",
-        "model_args": {"model": "GeCA-XS", "input_size": 4, "num_classes": 3, "in_channels": 4},
+        "model_args": {"model": "GeCA-XS", "input_size": 4, "num_classes": 3, "in_channels": 2},
         "args": {"model": "GeCA-XS", "image_size": 32},
     }
 
@@ -28,6 +28,8 @@ def test_the_net_is_rebuilt_from_the_file(tmp_path):
     rebuilt = checkpoints.build(checkpoints.load(tmp_path / "c.pt"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True))
     assert not any(p.requires_grad for p in rebuilt.parameters())
+    raw = checkpoints.build(checkpoints.load(tmp_path / "c.pt"), "model")
+    assert all(torch.equal(a + 1, b) for a, b in zip(model.parameters(), raw.parameters(), strict=True))
 
 
 def test_a_slim_copy_is_half_precision_and_builds(tmp_path):
@@ -51,7 +53,7 @@ class Trap:
 
 def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     torch.save({"model": Trap(str(tmp_path / "ran"))}, tmp_path / "trap.pt")
-    (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
+    (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran")), protocol=2))
     for name in ("trap.pt", "trap.pkl"):
         with pytest.raises(UserError, match="can be loaded safely") as error:
             checkpoints.load(tmp_path / name)
@@ -65,6 +67,13 @@ def test_a_damaged_file_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match="not a checkpoint") as error:
         checkpoints.load(tmp_path / "c.pt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{"model": {}, "ema": {}}, {"format_version": 99}, [1, 2]])
+def test_what_train_did_not_write_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"--load-from .*c\.pt: not a checkpoint of train\.py"):
+        checkpoints.load(tmp_path / "c.pt", "--load-from")
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -87,17 +96,3 @@ def test_a_flag_that_disagrees_is_an_error():
     checkpoints.check_flag("c.pt", "model", "GeCA-XS", "GeCA-XS")
     with pytest.raises(UserError, match=r"--image-size 64: c\.pt was trained with --image-size 32"):
         checkpoints.check_flag("c.pt", "image_size", 64, 32)
-
-
-def make_run(folder, settings):
-    runs.RunLog(folder, settings, active=True).close()
-
-
-def test_runs_are_numbered_after_the_highest_and_the_same_settings_continue(tmp_path):
-    settings = {"lr": 1e-4, "fold": 0}
-    assert runs.find_or_number(tmp_path, "GeCA-S-0", settings) == (tmp_path / "000-GeCA-S-0", False)
-    make_run(tmp_path / "000-GeCA-S-0", settings)
-    make_run(tmp_path / "004-GeCA-S-0", {"lr": 2e-4, "fold": 0})
-    make_run(tmp_path / "005-DiT-S-0", settings)
-    assert runs.find_or_number(tmp_path, "GeCA-S-0", settings) == (tmp_path / "000-GeCA-S-0", True)
-    assert runs.find_or_number(tmp_path, "GeCA-S-0", {"lr": 3e-4}) == (tmp_path / "006-GeCA-S-0", False)

@@ -1,5 +1,7 @@
 """The latent cache: what is written is read, and what does not belong is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -51,21 +53,40 @@ def test_round_trip_over_two_shards(store, split):
 
 
 def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
+    """Within five standard errors of 4,000 draws."""
     path, mean, std = store
     cache = latents.load(path, 0)
+    mean[3, 1] = mean[3, 0] + 1000  # so far apart that every draw says which of the two it is
+    cache = dataclasses.replace(cache, mean=mean)
     draws = torch.stack([cache.draw(3, g) for g in generators(4000)])
-    middle, spread = mean[3].mean(0), ((std[3] ** 2).mean(0) + mean[3].var(0, correction=0)) ** 0.5
-    assert ((draws.mean(0) - middle).abs() < 5 * spread / 4000**0.5).all()
-    assert ((draws.std(0) / spread - 1).abs() < 0.1).all()
+    mirrored = draws[:, 0, 0, 0] > mean[3, 0, 0, 0, 0] + 500
+    assert abs(mirrored.float().mean() - 0.5) < 5 * 0.5 / 4000**0.5
+    for variant, drawn in enumerate((draws[~mirrored], draws[mirrored])):
+        z = (drawn - mean[3, variant]) / std[3, variant]
+        assert z.mean(0).abs().max() < 5 / len(z) ** 0.5
+        assert (z.std(0) - 1).abs().max() < 5 / (2 * len(z)) ** 0.5
 
 
 @pytest.mark.parametrize("change, named", [
     ({"vae": "other:5678"}, "vae"), ({"image_size": 32}, "image_size"), ({"label_names": ["A", "C"]}, "label_names"),
-    ({"csv_sha256": "0"}, "csv_sha256"), ({"format": 0}, "format")])
+    ({"filenames": [f"{i}.png" for i in range(5)]}, "filenames"), ({"format": 0}, "format")])
 def test_a_foreign_or_stale_cache_is_refused(store, split, change, named):
     cache = latents.load(store[0], 0)
     with pytest.raises(UserError, match=f"{named} is"):
         latents.check(cache, latents.manifest_of(split, Codec, 24) | change, Codec, 3)
+
+
+@pytest.mark.parametrize("old, new, message", [
+    (",0,1,", ",1,1,", "csv_sha256 is"),  # one label of one image
+    ("4,images/4.png,1,0,images/4.png\n", "", r"5 latents with 2 labels, but train_0.csv has 4 images"),
+])
+def test_a_table_that_was_changed_makes_the_cache_stale(store, split, old, new, message):
+    text = split.path.read_text()
+    split.path.write_text(text.replace(old, new))
+    assert split.path.read_text() != text
+    changed = latents.manifest_of(read_split(split.path.parent, "train_0"), Codec, 24)
+    with pytest.raises(UserError, match=message):
+        latents.check(latents.load(store[0], 0), changed, Codec, 3)
 
 
 def test_the_same_weights_under_another_folder_name_are_no_foreigner(store, split):
@@ -77,6 +98,15 @@ def test_a_lost_shard_is_noticed(store):
     (store[0] / "features_0" / "shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="holds 2 latents, its manifest says 5"):
         latents.load(store[0], 0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.safetensors"])
+def test_a_damaged_file_is_named_in_one_line(store, name):
+    file = store[0] / "features_0" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{name}: damaged .*extract again") as error:
+        latents.load(store[0], 0)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_fold_names_those_that_are_there(store):
@@ -104,6 +134,22 @@ def test_the_published_layout_is_read(tmp_path):
     (tmp_path / "labels_0" / "3.npy").unlink()
     with pytest.raises(UserError, match=r"3\.npy is in only one"):
         latents.load(tmp_path, 0)
+    half = tmp_path / "features_0" / "7.npy"
+    half.write_bytes(half.read_bytes()[:150])
+    (tmp_path / "features_0" / "3.npy").unlink()
+    with pytest.raises(UserError, match=r"7\.npy: damaged"):
+        latents.load(tmp_path, 0)
+
+
+@pytest.mark.parametrize("images, classes", [(4, 2), (5, 3)])
+def test_the_published_layout_is_measured_against_the_table(tmp_path, split, images, classes):
+    """It has no manifest: that the numbers of images and labels agree is all that can be asked."""
+    for kind, shape in (("features_0", (1, 4, 3, 3)), ("labels_0", (1, classes))):
+        (tmp_path / kind).mkdir()
+        for i in range(images):
+            np.save(tmp_path / kind / f"{i}.npy", np.zeros(shape, np.float32))
+    with pytest.raises(UserError, match=f"{images} latents with {classes} labels, but train_0.csv has 5 images with 2"):
+        latents.check(latents.load(tmp_path, 0), latents.manifest_of(split, Codec, 24), Codec, 3)
 
 
 def test_a_folder_without_manifest_is_no_cache(store):

@@ -227,10 +227,9 @@ def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def expanded(trained, tmp_path_factory):
-    """Two images for the labels of each training image, by plain `python`."""
+    """Two images for the labels of each training image."""
     folder = tmp_path_factory.mktemp("expanded")
-    succeeded(sample("sample_ddp.py", trained, folder, "--expand_ratio", 2, "--model", "GeCA-XS", "--num_classes", 11,
-                     way=run_script))
+    succeeded(sample("sample_ddp.py", trained, folder, "--expand_ratio", 2, "--model", "GeCA-XS", "--num_classes", 11))
     return folder
 
 
@@ -352,10 +351,15 @@ def test_training_refuses_wrong_flags_and_caches(store, trained, tiny_vae, tmp_p
     assert not (tmp_path / "results").exists()
 
 
+def rename_label(table):
+    table.write_text(table.read_text().replace(",NOR,", ",ZZZ,", 1))
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda root: keep_header(root / "val_0.csv"), ("val_0.csv", "holds no image")),
+    (lambda root: rename_label(root / "val_0.csv"), ("val_0.csv", "ZZZ", "expected those of train_0.csv")),
     (lambda root: shutil.copy(root / "train_1.csv", root / "train_0.csv"), ("features_0",)),
-], ids=["no validation image", "another fold's images"])
+], ids=["no validation image", "other labels", "another fold's images"])
 def test_training_refuses_a_root_that_is_not_the_caches(store, spoiled, tiny_vae, tmp_path, spoil, words):
     spoil(spoiled)
     refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 1, data=spoiled), *words)
@@ -419,3 +423,14 @@ def test_samplers_do_not_mix_images_of_other_weights_or_labels(store, trained, t
     table.write_text("\n".join([header, *reversed(rows)]) + "\n")
     refused(sample("sample_ddp.py", trained, expanded, "--data-path", spoiled), "other labels", "--sample-dir")
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("prepare_data.py", ("--source", "phantom", "--output", "OUT")), ("evaluate.py", ("--real", "OUT", "--gen", "OUT")),
+    ("train_vae.py", ("--data-path", "OUT", "--output", "OUT"))])
+def test_scripts_for_one_process_refuse_to_be_several(monkeypatch, tmp_path, script, flags):
+    """Else each of them would write the same files; and the line says which process it is from."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    refused(call_script(script, *(tmp_path / f if f == "OUT" else f for f in flags)), "[rank 1]", script, "`python`")
+    assert not list(tmp_path.iterdir())

@@ -1,18 +1,21 @@
-"""Every command that the documentation shows is one that the scripts accept."""
+"""Every command that the documentation shows, and every one that was published, is one that the scripts accept."""
 
+import ast
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT
 
-from pipeline import sampling
+from pipeline.cli import Parser
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "def main()" in p.read_text()]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/README.md"), ROOT / "quickstart.sh",
-             *(ROOT / f"{name}.py" for name in SCRIPTS)]
+MODULES = [p for p in ROOT.glob("[!.]*/**/*.py") if p.parent.name not in ("tests", "benchmarks")]
+PAGES = [p for pattern in ("*.md", "docs/**/*.md", "assets/*/*.md", "*.sh") for p in ROOT.glob(pattern)]
 
 PUBLISHED = [  # the published README, verbatim
     "torchrun --nnodes=1 --master-port 29504 --nproc_per_node=1 extract_features.py --data-path data/oct_multilabel/ "
@@ -30,54 +33,124 @@ PUBLISHED = [  # the published README, verbatim
     "--ckpt ./results_oct_GeCA/001-GeCA-S/checkpoints/best_ckpt.pt --sample-dir ./synthetic_oct/",
 ]
 
+# Further published flags. Where ours differ: `--num-classes` and `--in-channels` are read from the data, the VAE or
+# the checkpoint if they are not given; `--gg-extractor` parses and then says that there is no GG yet.
+SAMPLER = ("--ckpt C --data-path D", "--num-classes 11 --global-seed 3 --tf32 --image_space --in_channels 4",
+           {"cfg_scale": 1.5, "num_sampling_steps": 250, "per_proc_batch_size": 32, "global_seed": 0, "tf32": False})
+FURTHER = [
+    ("extract_features", "--data-path D --features-path F",
+     "--image-size 512 --num-classes 11 --global-seed 3 --vae mse --num-workers 2",
+     {"image_size": 256, "global_seed": 0, "vae": "ema", "num_workers": 4}),
+    ("train", "--data-path D --feature-path F",
+     "--image-size 512 --val_samples 8 --log-every 5 --ckpt-every 5 --load_from C --in_channels 4 --grad_norm "
+     "--image_space --cache --multi_scale --global-seed 3 --vae mse --num_workers 2 --num-workers 2",
+     {"image_size": 256, "val_samples": 24, "log_every": 100, "vae": "ema", "model": "GeCA-S", "lr": 1e-4,
+      "ema_decay": 0.9999, "global_batch_size": 128, "epochs": 14000, "cfg_scale": 1.5, "grad_norm": False}),
+    ("sample_ddp", *SAMPLER),
+    ("sample_ddp_val", *SAMPLER),
+    ("evaluate", "--real R --gen G", "--gg_extractor dino", {"fold": 0, "image_size": 256}),
+]
 
-def parser_of(script):
-    """The very parser that the script uses."""
-    module = importlib.import_module(script)
-    return module.parser() if hasattr(module, "parser") else sampling.parser(module.__doc__, "labels")
+
+class Parsed(Exception):
+    """Thrown out of a script as soon as it knows its flags: (parser, flags)."""
 
 
-def commands_of(path):
-    """(script, arguments) of every line that starts one of our scripts and is not an outline (…)."""
-    text = path.read_text().replace("\\\n", " ")
-    for line in text.splitlines():
-        line = re.sub(r"^\s*(#|>)\s*", "", line.strip())
-        found = re.search(rf"^(?:python|torchrun|accelerate launch)\b.*?\b({'|'.join(SCRIPTS)})\.py\s+(--.*)", line)
-        if found and "..." not in found[2]:
-            yield found[1], shlex.split(re.split(r"\s{2,}#|\s[|>]\s|\s\|\|", found[2])[0])
+def parse(script, arguments):
+    """What the script itself makes of these arguments: its parser, and the flags as a dict. Nothing runs.
+
+    Arguments None: its parser alone.
+    """
+    module, real = importlib.import_module(script), Parser.parse_args
+
+    def stop(parser):
+        raise Parsed(parser, None if arguments is None else vars(real(parser)))
+
+    with mock.patch.object(sys, "argv", [f"{script}.py", *(arguments or [])]):
+        if arguments and hasattr(module, "parse_args"):
+            module.parse_args()  # looks at more than one flag at a time
+        with mock.patch.object(Parser, "parse_args", stop), pytest.raises(Parsed) as found:
+            module.main()
+    return found.value.args
 
 
-DOCUMENTED = [(path.name, *command) for path in DOCUMENTS for command in commands_of(path)]
+def commands_of(text):
+    """(script, arguments) of every line that starts one of our scripts and is not an outline (...)."""
+    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
+        found = re.search(r"(?:^|\|\| |&& |\$ )((?:python|torchrun|accelerate launch) .*)", line.strip().strip("`#> "))
+        if not found or "..." in line:
+            continue
+        words = shlex.split(re.split(r"\s{2,}|\s[|>&]", found[1])[0])  # what follows two spaces is a remark
+        words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words]
+        place = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1:i] == ["-m"])
+        yield words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
+
+
+def documents():
+    """(name, text) of the pages, and of the docstrings at the head of what can be run."""
+    yield from ((str(p.relative_to(ROOT)), p.read_text()) for p in PAGES)
+    for p in [*(ROOT / f"{script}.py" for script in SCRIPTS), *MODULES]:
+        yield str(p.relative_to(ROOT)), ast.get_docstring(ast.parse(p.read_text())) or ""
+
+
+DOCUMENTED = [(name, *command) for name, text in documents() for command in commands_of(text)]
+
+
+def test_commands_are_found_wherever_they_stand():
+    text = ("# python train.py --a 1\n[ -f x ] || python -m metrics.features --b \"$X/y\" \\\n    --c 2   remark\n"
+            "torchrun --nproc_per_node=2 scripts/plot.py run  # remark\npython train.py ...\nof python, --d")
+    assert list(commands_of(text)) == [
+        ("train", ["--a", "1"]), ("metrics.features", ["--b", "1/y", "--c", "2"]), ("scripts.plot", ["run"])]
 
 
 def test_the_documents_show_every_script():
-    assert {script for _, script, _ in DOCUMENTED} == set(SCRIPTS)
-    assert {script for name, script, _ in DOCUMENTED if name == "README.md"} >= set(SCRIPTS) - {
-        "train_vae", "sample_ddp"}
+    assert {script for name, script, _ in DOCUMENTED if name == f"{script}.py"} == set(SCRIPTS)
+    shown = {script for name, script, _ in DOCUMENTED if name in ("README.md", "quickstart.sh")}
+    assert shown >= {"prepare_data", "extract_features", "train", "sample_ddp_val", "evaluate"}
 
 
 @pytest.mark.parametrize("document, script, arguments", DOCUMENTED)
 def test_documented_command_parses(document, script, arguments):
-    parser_of(script).parse_args([re.sub(r"\$\{?\w+\}?", "1", a) for a in arguments])
+    parse(script, arguments)
 
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_command_parses(command):
-    words = shlex.split(command)
-    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script = Path(words[place]).stem
-    args = vars(parser_of(script).parse_args(words[place + 1:]))
-    assert args["fold"] == int(words[words.index("--fold") + 1])
+    ((script, arguments),) = commands_of(command)
+    _, flags = parse(script, arguments)
+    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+        found = flags[flag[2:].replace("-", "_")]
+        found = found[0] if isinstance(found, list) else found
+        assert Path(found) == Path(value) if "/" in value else str(found) == value
+
+
+@pytest.mark.parametrize("script, required, more, defaults", FURTHER)
+def test_further_published_flags_and_defaults(script, required, more, defaults):
+    bare, given = (parse(script, shlex.split(text))[1] for text in (required, f"{required} {more}"))
+    assert {name: bare[name] for name in defaults} == defaults
+    for flag in re.findall(r"--([\w-]+)", more):
+        name = flag.replace("-", "_")
+        assert name == "in_channels" or given[name] != bare[name] or given[name] == 11
+
+
+def test_flags_in_prose_exist():
+    """`--flag` in the running text of a page."""
+    known = {"--help", "--nproc-per-node"} | {
+        flag for script in SCRIPTS for action in parse(script, None)[0]._actions for flag in action.option_strings}
+    known |= set(re.findall(r"--[a-z]+(?=\)|\|)", (ROOT / "quickstart.sh").read_text()))
+    named = {(p.name, flag.replace("_", "-")) for p in PAGES for code in re.findall(r"`([^`\n]+)`", p.read_text())
+             for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
+    assert named and not [(page, flag) for page, flag in sorted(named) if flag not in known]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help(script):
-    bare = [a.option_strings[0] for a in parser_of(script)._actions if a.option_strings and not a.help]
-    assert not bare
+    actions = parse(script, None)[0]._actions
+    assert len(actions) > 2 and not [a.option_strings[0] for a in actions if a.option_strings and not a.help]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_flag_is_one_line_and_exit_code_2(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        parser_of(script).parse_args(["--no-such-flag", "1"])
+        parse(script, ["--no-such-flag", "1"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
