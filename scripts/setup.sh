@@ -14,10 +14,11 @@ install() {  # install STAMP WHAT ...: pip install, unless the stamp says that i
     shift
     wanted=$(cat req.txt; echo "$@")
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-    echo "installing $* (req.txt: about 3 minutes and 6 GB, once)"
+    echo "installing $*"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
     echo "$wanted" > "$stamp"
 }
+[ -e .venv/installed-requirements ] || echo "first installation: about 3 minutes and 6 GB"
 install requirements -r req.txt
 export PATH="$PWD/.venv/bin:$PATH"
 # On a CPU that is shared with other work, OpenMP threads that spin while they wait make training 20 times slower.
