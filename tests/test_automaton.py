@@ -66,7 +66,10 @@ def test_attention_gradients(grid):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_attention_in_half_precision_is_rounded_once(half):
-    """Results and gradients are those of the same numbers in float64, to within the weights' and their own rounding."""
+    """Gradients are those of the same numbers in float64, less than half a unit of rounding off (rms).
+
+    Sums in half precision would be 0.65 units off; the forward sum is made in it, and 0.55 off.
+    """
     halves = [t.detach().to(half).requires_grad_() for t in qkv(2, 6, 7, d=64)]
     exact = [t.detach().double().requires_grad_() for t in halves]
     results = []
@@ -74,8 +77,9 @@ def test_attention_in_half_precision_is_rounded_once(half):
         out = neighbourhood_attention(*tensors)
         out.backward(torch.ones_like(out))
         results.append((out, *(t.grad for t in tensors)))
-    for found, expected in zip(*results, strict=True):
-        assert found.dtype == half and largest_relative(found.double(), expected) < 1.5 * torch.finfo(half).eps
+    for found, expected, units in zip(*results, (0.75, 0.5, 0.5, 0.5), strict=True):
+        error = (found.double() - expected).square().mean() / expected.square().mean()
+        assert found.dtype == half and error.sqrt() < units * torch.finfo(half).eps
 
 
 def test_attention_keeps_no_nine_copies():
@@ -87,8 +91,9 @@ def test_attention_keeps_no_nine_copies():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-        neighbourhood_attention(q, k, v)
+        out = neighbourhood_attention(q, k, v)
     assert sum(kept) == 3 * q.numel() + 9 * q.numel() // 64  # q, k, v and nine weights per cell and head
+    assert not vars(out.grad_fn)  # and nothing beside what is saved for backward
 
 
 def call(model, engine, rate, grid, n):
@@ -120,10 +125,11 @@ def test_engines_agree_in_results_and_all_gradients(rate, grid, n):
         assert largest_relative(found, expected) < 1e-5, name
 
 
-def test_engines_agree_without_gradients_and_leave_the_state_alone():
+@pytest.mark.parametrize("grid", [(6, 5), (1, 1)])
+def test_engines_agree_without_gradients_and_leave_the_state_alone(grid):
     """Without gradients the caches are written in place; the caller's state must not be."""
-    model, (x, t, y) = small_geca(), inputs(3, 6, 5)
-    state = torch.randn(3, 9, 6, 5)
+    model, (x, t, y) = small_geca(), inputs(3, *grid)
+    state = torch.randn(3, 9, *grid, generator=generators(1)[0])
     before, results = state.clone(), []
     for model.engine in ("dense", "asynchronous"):
         with torch.no_grad():
@@ -152,7 +158,7 @@ def test_a_cell_that_never_fires_never_moves(engine, monkeypatch):
     fire = torch.ones(4, 2, 16, dtype=torch.bool)
     fire[:, 1, 5] = False
     monkeypatch.setattr(model, "draw_fire", lambda n, cells, generator: fire)
-    state = torch.randn(2, 9, 4, 4)
+    state = torch.randn(2, 9, 4, 4, generator=generators(1)[0])
     after = model(x, t, y, state)[1]
     still = (after == state).all(1)
     assert still[1, 1, 1] and still.sum() == 1
@@ -182,7 +188,7 @@ def test_life_starts_in_the_centre_cell_and_heredity_keeps_the_hidden_channels()
     state = model.initial_state(2, 5, 8, seed)
     assert state.abs().sum((0, 1)).nonzero().tolist() == [[2, 4]]
     assert (state[:, :4, 2, 4] == 7).all() and not state[:, 4:].any()
-    old = torch.randn(2, 9, 5, 8)
+    old = torch.randn(2, 9, 5, 8, generator=generators(1)[0])
     inherited = model.inherit(old, seed)
     assert torch.equal(inherited[:, 4:], old[:, 4:]) and torch.equal(inherited[:, :4], state[:, :4])
 
@@ -206,7 +212,7 @@ def test_draws_need_one_generator_per_image():
 def test_start_values_are_the_published_ones():
     """Modulation and last linear zero: a new automaton does not move, and its output is its seed."""
     model = MODELS["GeCA-XS"]()
-    x, t, y = torch.randn(1, 4, 6, 6), torch.tensor([3]), torch.zeros(1, 11)
+    x, t, y = torch.ones(1, 4, 6, 6), torch.tensor([3]), torch.zeros(1, 11)
     seed = model.draw_seed(1, generators(1))
     out, state = model(x, t, y, None, generators(1))
     assert torch.equal(state, model.initial_state(1, 6, 6, seed)) and torch.equal(out, state[:, :8])

@@ -36,7 +36,7 @@ def test_a_slim_copy_is_half_precision_and_builds(tmp_path):
     model, checkpoint = small_checkpoint()
     checkpoints.save(tmp_path / "c.pt", checkpoint)
     checkpoints.save(tmp_path / "slim.pt", checkpoints.slim(checkpoint))
-    assert (tmp_path / "slim.pt").stat().st_size < (tmp_path / "c.pt").stat().st_size / 1.9
+    assert (tmp_path / "slim.pt").stat().st_size < (tmp_path / "c.pt").stat().st_size / 3.8
     rebuilt = checkpoints.build(checkpoints.load(tmp_path / "slim.pt"))
     for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -13,7 +13,8 @@ from conftest import call_script, run_script, succeeded
 from PIL import Image
 from test_checkpoint import Trap
 
-from pipeline import latents, runs
+from diffusion import create_diffusion
+from pipeline import latents, runs, sampling
 from pipeline.data import load_images, read_split
 from pipeline.vae import VaeCodec
 from train_vae import build
@@ -193,6 +194,16 @@ def test_another_run_gives_the_start_values_and_gradients_can_be_normalised(stor
     assert len(norms) == len(source) * again["step"] and norms == pytest.approx([1] * len(norms), rel=0.01)
 
 
+def test_a_run_on_other_labels_gives_all_but_the_label_table(store, trained, tiny_vae, tmp_path):
+    source = checkpoint(trained, "best")
+    source["label_names"][0] = "ZZZ"
+    torch.save(source, tmp_path / "other.pt")
+    out = succeeded(train(store, tiny_vae, "labels", "--epochs", 1, "--lr", 0, "--load_from", tmp_path / "other.pt"))
+    again = checkpoint(store / "labels" / RUN)["model"]
+    changed = [key for key in again if not torch.equal(again[key], source["ema"][key])]
+    assert changed == ["y_embedder.embedding_table.0.weight"] and "label table starts anew" in out
+
+
 # ---- sampling
 
 
@@ -207,6 +218,33 @@ NAME = "GeCA-XS-GS-fold-0-nstep-3-best_ckpt-size-32-vae-vae-cfg-1.5-seed-0"  # a
 
 def pictures(folder):
     return {p.name: np.asarray(Image.open(p), int) for p in sorted(folder.glob("*.png"))}
+
+
+class Still(torch.nn.Module):
+    """Predicts nothing and remembers nothing: what comes out is noise. Notes a draw of each generator it is given."""
+
+    in_channels = 2
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def forward(self, x, t, y, state=None, generator=None):
+        self.drawn.append(tuple(torch.rand((), generator=g).item() for g in generator))
+        return torch.zeros(len(x), 4, *x.shape[2:]), None
+
+
+def test_every_draw_of_an_image_is_a_function_of_seed_and_number():
+    def latents_of(ids, seed=0):
+        model = Still()
+        made = sampling.sample_latents(model, create_diffusion("3"), torch.ones(len(ids), 5), ids, cells=4,
+                                       cfg_scale=1.5, seed=seed, device="cpu")
+        return made, model.drawn
+
+    (pair, drawn), (alone, drawn_alone) = latents_of([5, 9]), latents_of([9])
+    assert torch.equal(alone[0], pair[1]) and [(d[1], d[3]) for d in drawn] == drawn_alone
+    assert not torch.isclose(pair[0], pair[1]).any() and not torch.isclose(alone, latents_of([9], seed=1)[0]).any()
+    assert len(set(sum(drawn, ()))) == 3 * 4  # three steps, two images, two halves: which cells fire is never shared
 
 
 def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
@@ -333,6 +371,7 @@ def test_training_refuses_wrong_flags_and_caches(store, trained, tiny_vae, tmp_p
     best = trained / "checkpoints" / "best_ckpt.pt"
     shutil.copy(best, tmp_path / "half.pt")
     cut(tmp_path / "half.pt")
+    torch.save({**checkpoint(trained, "best"), "codec": "other:1234"}, tmp_path / "codec.pt")
     shutil.copytree(store / "one", tmp_path / "cut")
     cut(next((tmp_path / "cut" / "features_0").glob("shard-*")))
     cases = [
@@ -344,6 +383,7 @@ def test_training_refuses_wrong_flags_and_caches(store, trained, tiny_vae, tmp_p
         (("--in_channels", 3), ("--in-channels 3", "has 4")),
         (("--load_from", tmp_path / "half.pt"), ("--load-from", "half.pt", "not a checkpoint")),
         (("--load-from", best, "--model", "GeCA-S"), ("--load-from", "holds a GeCA-XS")),
+        (("--load-from", tmp_path / "codec.pt"), ("--load-from", "latents of other:1234")),
         (("--feature-path", tmp_path / "cut"), ("shard-00000", "damaged")),
     ]
     for more, words in cases:
