@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from metrics.features import SPACES, extract, open_features
-from metrics.kid import check_subset_size, kid
+from metrics.kid import SUBSETS, check_subset_size, kid
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, run
 from pipeline.data import check_images, load_image, read_split
@@ -28,7 +28,6 @@ from pipeline.files import write_atomically, write_text
 from pipeline.pictures import caption, stack
 from pipeline.seeds import generator
 
-SUBSETS = 100  # of KID, as in the paper
 FEW = 50  # images per subset; with fewer, a warning says that KID spreads widely
 SHOWN = 8  # images of each set in the picture
 PICTURE = "real_vs_generated"

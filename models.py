@@ -8,13 +8,15 @@ remembers between calls: GeCA's living cells; None for a model without memory.
 """
 
 import math
+from collections import OrderedDict
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from automaton import LocalRule
-from automaton.rule import xavier_zero
+from automaton.rule import modulate
 from pipeline.seeds import per_image
 
 
@@ -55,6 +57,8 @@ class GeCA(LocalRule):
     not of its place in a batch. It is not needed where nothing is drawn: `update_rate` 0 or 1 and a given state.
     """
 
+    any_grid = True  # one rule for every cell: the same weights work on any H × W
+
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, mlp_width, hidden, steps=12):
         super().__init__(in_channels, 2 * in_channels + hidden, width, mlp_width)
         self.input_size, self.num_classes = input_size, num_classes
@@ -62,9 +66,21 @@ class GeCA(LocalRule):
         self.update_rate = 0.5  # probability that a cell fires, in training and at inference (geca.py:412-414)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
-        xavier_zero(self)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        self._initialise()
+
+    def _initialise(self):
+        """Xavier-uniform linears, zero biases; time MLP N(0, 0.02); modulation and last linear zero."""
+        xavier_uniform(self)
+        normal_time_embedder(self.t_embedder)
+        zero(self.transformer.adaLN_modulation[1], self.final_layer.adaLN_modulation[1], self.final_layer.linear)
+
+    @staticmethod
+    def sizes(shapes):
+        """What to build a GeCA with so that weights of these shapes fit; None if they are another model's."""
+        if "cell_to_embedding.weight" not in shapes:
+            return None
+        channels = shapes["cell_to_embedding.weight"][1] - shapes["final_layer.linear.weight"][0]  # cell − state
+        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1], "in_channels": channels}
 
     def forward(self, x, t, y, state=None, generator=None):
         n, _, h, w = x.shape
@@ -111,8 +127,149 @@ class GeCA(LocalRule):
         return torch.cat([fresh[:, : self.out_channels], state[:, self.out_channels:]], 1)
 
 
+class DiTAttention(nn.Module):
+    """Self-attention over all tokens, with biases; weight names of the published DiT."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        """(N, T, D) -> (N, T, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, heads, T, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = DiTAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * width, width)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        """x (N, T, D), c (N, D) -> (N, T, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiTFinalLayer(nn.Module):
+    """From tokens to patches: (N, T, D) -> (N, T, patch² · out_channels)."""
+
+    def __init__(self, width, values):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer (Peebles & Xie, ICCV 2023), the paper's baseline, with GeCA's label embedder.
+
+    Sees the latent as `patch` × `patch` tiles. Remembers nothing and draws nothing: `state` and `generator` are
+    there because every denoiser is called alike.
+    """
+
+    any_grid = False  # its position table is that of one grid
+
+    def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, depth, heads, patch):
+        super().__init__()
+        if input_size % patch:
+            raise ValueError(f"input_size {input_size}: expected a multiple of the patch size {patch}")
+        self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
+        self.out_channels, self.patch = 2 * in_channels, patch
+        self.x_embedder = nn.Module()  # published name of the weights: x_embedder.proj
+        self.x_embedder.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        # A parameter that is never trained, as published: it is in the checkpoints and in the paper's 32.7 M.
+        self.pos_embed = nn.Parameter(position_table(input_size // patch, width)[None], requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(width, heads) for _ in range(depth)])
+        self.final_layer = DiTFinalLayer(width, patch * patch * self.out_channels)
+        self._initialise()
+
+    def _initialise(self):
+        """Xavier-uniform linears, zero biases; time MLP N(0, 0.02); modulation and last linear zero."""
+        xavier_uniform(self)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        normal_time_embedder(self.t_embedder)
+        zero(*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
+             self.final_layer.linear)
+
+    @staticmethod
+    def sizes(shapes):
+        """What to build a DiT with so that weights of these shapes fit; None if they are another model's."""
+        if "pos_embed" not in shapes:
+            return None
+        _, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1], "in_channels": channels,
+                "input_size": patch * math.isqrt(shapes["pos_embed"][1])}
+
+    def forward(self, x, t, y, state=None, generator=None):
+        side = x.shape[-1] // self.patch
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c)  # (N, T, patch · patch · 2C)
+        x = x.unflatten(-1, (self.patch, self.patch, self.out_channels)).unflatten(1, (side, side))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3), None  # (N, 2C, H, W)
+
+
+def position_table(side, width):
+    """Fixed sine-cosine code of a square grid, row by row: (side², width).
+
+    The first half of the places codes the column, the second the row; each half holds sines, then cosines, of the
+    coordinate times 10000^(-4i/width).
+    """
+    rates = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * rates
+    code = torch.cat([angle.sin(), angle.cos()], 1)  # (side, width / 2)
+    column, row = code.expand(side, -1, -1), code[:, None].expand(-1, side, -1)
+    return torch.cat([column, row], -1).flatten(0, 1).float()
+
+
+def xavier_uniform(model):
+    """Xavier-uniform linears with zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def normal_time_embedder(embedder):
+    for layer in (embedder.mlp[0], embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+
+
+def zero(*linears):
+    for linear in linears:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
 # Sizes of the paper and of the published code (models.py there); heads have 64 channels.
 MODELS = {
     "GeCA-S": partial(GeCA, width=768, mlp_width=3072, hidden=64),
     "GeCA-XS": partial(GeCA, width=384, mlp_width=64, hidden=32),
 }
+# Sizes of the DiT paper (Table 1); a name without a patch size means patches of 2.
+for size, (width, depth, heads) in {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
+                                    "XL": (1152, 28, 16)}.items():
+    for patch in (2, 4, 8):
+        MODELS[f"DiT-{size}/{patch}"] = partial(DiT, width=width, depth=depth, heads=heads, patch=patch)
+    MODELS[f"DiT-{size}"] = MODELS[f"DiT-{size}/2"]

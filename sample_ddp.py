@@ -17,9 +17,11 @@ def labels_of(args, checkpoint):
         split = read_split(args.data_path, f"train_{args.fold}", checkpoint["args"]["num_classes"])
         return split.labels, split.label_names
     cache = latents.load(args.data_path, args.fold)
-    if cache.labels.shape[1] != len(checkpoint["label_names"]):
-        raise UserError(f"{cache.path}: {cache.labels.shape[1]} labels, expected {len(checkpoint['label_names'])}")
-    return cache.labels.numpy(), cache.manifest.get("label_names", checkpoint["label_names"])
+    found, wanted = cache.labels.shape[1], checkpoint["model_args"]["num_classes"]
+    if found != wanted:
+        raise UserError(f"{cache.path}: {found} labels, expected {wanted}, as many as {args.ckpt} was trained on")
+    names = cache.manifest.get("label_names") or checkpoint["label_names"]  # the published layouts name none
+    return cache.labels.numpy(), names or [f"label_{k}" for k in range(found)]
 
 
 def main():

@@ -13,6 +13,7 @@ images, guidance; the KID is computed afresh each time.
 import copy
 import math
 import time
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion, multiscale
 from metrics.features import open_features
-from metrics.kid import polynomial_mmd
+from metrics.kid import SUBSETS, kid, polynomial_mmd
 from models import MODELS
 from pipeline import checkpoint as checkpoints
 from pipeline import latents, pictures, runs
@@ -31,13 +32,16 @@ from pipeline.cli import Parser, UserError, integer, number, run
 from pipeline.data import fingerprint, load_images, read_split
 from pipeline.files import write_atomically
 from pipeline.runtime import start, stop
-from pipeline.sampling import sample_images
+from pipeline.sampling import add_state_flag, sample_images
 from pipeline.seeds import generator
 from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
-                "results_dir")  # of these, a continued run may have others
+                "results_dir", "as_released")  # of these, a continued run may have others
+RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
+            "validation_kid": "accumulated", "val_samples": 24, "num_sampling_steps": 1000, "cfg_scale": 1.0,
+            "unguided_state": "whole"}  # --as-released
 
 
 class Training:
@@ -49,15 +53,23 @@ class Training:
         self.diffusion = create_diffusion()
         self.model_args = {"model": args.model, "input_size": cache.mean.shape[-1],
                            "num_classes": len(label_names), "in_channels": cache.mean.shape[2]}
-        net = MODELS[args.model](**{k: v for k, v in self.model_args.items() if k != "model"})
+        net = self.build(**self.model_args)
         if args.load_from:
             start_from(net, args.load_from, label_names, codec)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
         optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0)
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
         self.step, self.best_kid, self.minutes = 0, math.inf, 0.0
+        self.validated = []  # features (n, D) of the images of each validation, for --validation-kid accumulated
         self.batch = min(args.global_batch_size, len(cache))
         self.steps_per_epoch = len(cache) // self.batch
+
+    @staticmethod
+    def build(model, **sizes):
+        try:
+            return MODELS[model](**sizes)
+        except ValueError as error:  # a grid that the model cannot tile
+            raise UserError(f"--model {model}: {error}; change --image-size or the model") from None
 
     @property
     def epoch(self):
@@ -79,7 +91,8 @@ class Training:
             # The published code normalises before unscaling: under fp16 Adam then sees values near its epsilon.
             self.accelerator.unscale_gradients()
             for p in self.net.parameters():
-                p.grad /= p.grad.norm() + 1e-8
+                if p.grad is not None:  # a fixed position table has none
+                    p.grad /= p.grad.norm() + 1e-8
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         update_ema(self.ema, self.accelerator.unwrap_model(self.net), self.ema_decay())
@@ -101,7 +114,7 @@ class Training:
         grids = {}
         for place, image in mine:
             g = generator(self.args.global_seed, "train", self.step, place)
-            x = self.cache.draw(image, g)
+            x = self.cache.draw(image, self.latent_generator(image, place))
             t = torch.randint(self.diffusion.num_timesteps, (), generator=g)
             if self.args.multi_scale:
                 x = multiscale.shrink(x, int(t))
@@ -111,8 +124,19 @@ class Training:
             grids.setdefault(x.shape, []).append(sample)
         return list(grids.values())
 
+    def latent_generator(self, image, place):
+        """Decides mirror and posterior sample: anew at each step, or with --frozen-latents once for each image.
+
+        The published extraction stored one draw (extract_features.py:193) and, for OCT, one coin-flip mirror (:145).
+        """
+        if self.args.frozen_latents:
+            return generator(self.args.global_seed, "frozen latent", image)
+        return generator(self.args.global_seed, "latent", self.step, place)
+
     def ema_decay(self):
         """Warm-up: early averages must forget the start, or they hold half of it after 7,000 steps."""
+        if not self.args.ema_warmup:  # as published
+            return self.args.ema_decay
         return min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
 
     def state(self, **more):
@@ -120,9 +144,11 @@ class Training:
         scaler = self.accelerator.scaler
         return {"model": net.state_dict(), "ema": self.ema.state_dict(), "opt": self.optimiser.state_dict(),
                 "scaler": scaler.state_dict() if scaler else {}, "step": self.step, "epoch": self.epoch,
-                "best_kid": self.best_kid, "minutes": self.minutes, "model_args": self.model_args, **more}
+                "best_kid": self.best_kid, "minutes": self.minutes, "validated": self.validated,
+                "model_args": self.model_args, **more}
 
     def restore(self, path):
+        """Go on from a checkpoint of this run -> the identity of the feature space its KID was measured in."""
         state = checkpoints.load(path, flag="last checkpoint")
         self.accelerator.unwrap_model(self.net).load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
@@ -130,25 +156,30 @@ class Training:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.minutes, self.best_kid = state["step"], state["minutes"], state["best_kid"]
-        return state.get("features")
+        self.validated = state.get("validated", [])
+        return state["features"]
 
 
 def start_from(net, path, label_names, codec):
     """Load the averaged weights of another run (--load-from); for other labels, all but the label table."""
     checkpoint = checkpoints.load(path, flag="--load-from")
-    if not same_weights(checkpoint["codec"], codec.identity):
+    if checkpoint["codec"] is None:  # the published layout names its autoencoder but cannot prove it
+        PartialState().print(f"--load-from {path}: does not say whose latents it was trained on; --vae must be right")
+    elif not same_weights(checkpoint["codec"], codec.identity):
         raise UserError(f"--load-from {path}: was trained on latents of {checkpoint['codec']}, but --vae is "
                         f"{codec.identity}; give that VAE")
-    weights = {key: value.float() for key, value in checkpoint["ema"].items()}
-    own = net.state_dict()
-    if checkpoint["label_names"] != list(label_names):
+    kind = "ema" if checkpoint["ema"] else "model"
+    weights = {key: value.float() for key, value in checkpoint[kind].items()}
+    own, sizes = net.state_dict(), checkpoint["model_args"]
+    theirs = checkpoint["label_names"]  # None: not named, so that only their number can be compared
+    if theirs != list(label_names) if theirs else sizes["num_classes"] != len(label_names):
         first = "y_embedder.embedding_table.0.weight"
         weights[first] = own[first]
-        PartialState().print(f"--load-from {path}: its labels are {' '.join(checkpoint['label_names'])}; the label "
+        PartialState().print(f"--load-from {path}: its labels are {' '.join(theirs or ['others'])}; the label "
                              "table starts anew")
     odd = sorted(set(weights) ^ set(own)) or [k for k in own if own[k].shape != weights[k].shape]
     if odd:
-        raise UserError(f"--load-from {path}: holds a {checkpoint['model_args']['model']}, whose {odd[0]} does "
+        raise UserError(f"--load-from {path}: holds a {sizes['model']}, whose {odd[0]} does "
                         "not fit; give the same --model and sizes")
     net.load_state_dict(weights)
 
@@ -173,23 +204,39 @@ class Validation:
         self.chosen = chosen[: args.val_samples].tolist()
 
     def __call__(self, training, folder):
-        """Sample with the EMA weights -> KID; writes the grid samples/epoch-{epoch}.png."""
+        """Sample -> KID; writes the grid samples/epoch-{epoch}.png."""
         rank, processes, args = self.accelerator.process_index, self.accelerator.num_processes, self.args
         ids = list(range(len(self.chosen)))[rank::processes]
         labels = torch.as_tensor(self.split.labels[self.chosen])
+        if args.validation_labels == "null":
+            labels = torch.zeros_like(labels)
+        raw = args.validation_weights == "model"
+        net = self.accelerator.unwrap_model(training.net) if raw else training.ema
         options = {"steps": args.num_sampling_steps, "batch_size": 32, "cfg_scale": args.cfg_scale,
                    "cells": training.model_args["input_size"], "multi_scale": args.multi_scale,
-                   "seed": args.global_seed, "device": self.accelerator.device}
+                   "seed": args.global_seed, "device": self.accelerator.device, "unguided_state": args.unguided_state}
         with tqdm(total=len(ids) * args.num_sampling_steps, desc="validation", unit="image-step", mininterval=5,
                   leave=False, disable=rank != 0) as bar:
-            batches = sample_images(training.ema, self.codec, labels[ids], ids, progress=bar, **options)
+            batches = sample_images(net, self.codec, labels[ids], ids, progress=bar, **options)
             made = [pair for batch in batches for pair in zip(*batch, strict=True)]
         made = gather_object(made)
         images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
         if rank == 0:
             self.write_grid(images, folder / "samples" / f"epoch-{training.epoch:05d}.png")
-        kid = [polynomial_mmd(self.real_features, self.features(images)).item() if rank == 0 else None]
-        return broadcast_object_list(kid)[0]  # one number: the processes must agree on what is best
+        found = [self.kid(self.features(images), training.validated) if rank == 0 else None]
+        return broadcast_object_list(found)[0]  # one number: the processes must agree on what is best
+
+    def kid(self, features, before):
+        """KID of generated features (n, D); `before` are those of earlier validations, to which it adds these.
+
+        `accumulated` is the published metric that is never reset (train.py:203, 434-436): all generated images since
+        the start, against the same few real ones counted as often, over 100 subsets of ⌊n / 4⌋.
+        """
+        if self.args.validation_kid == "fresh":
+            return float(polynomial_mmd(self.real_features, features))
+        before.append(torch.as_tensor(features))
+        real = np.tile(self.real_features[self.chosen], (len(before), 1))
+        return kid(real, np.concatenate(before), max(2, len(features) // 4), SUBSETS, self.args.global_seed)[0]
 
     def write_grid(self, images, path):
         """Real images above generated ones with the same labels."""
@@ -213,12 +260,14 @@ def train(args, training, validation, log, about):
         accelerator.wait_for_everyone()
 
     def validate():
-        kid = validation(training, log.folder)
+        found = validation(training, log.folder)
+        weights = "averaged" if args.validation_weights == "ema" else "raw"
         log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{validation.features.name}] "
-                 f"{1e3 * kid:.2f}e-3 ({len(validation.chosen)} images, {args.num_sampling_steps} steps, EMA)")
-        log.metrics(training.step, kid=kid)
-        if kid < training.best_kid:
-            training.best_kid = kid
+                 f"{1e3 * found:.2f}e-3 ({len(validation.chosen)} images, {args.num_sampling_steps} steps, {weights} "
+                 "weights)")
+        log.metrics(training.step, kid=found)
+        if found < training.best_kid:
+            training.best_kid = found
             save("best_ckpt.pt")
 
     bar = tqdm(initial=training.step, total=total, unit="step", mininterval=5, disable=not log.active)
@@ -269,6 +318,8 @@ def main():
                   cells_per_side(args.image_size, codec))
     if args.in_channels is not None and args.in_channels != codec.channels:
         raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
+    if args.multi_scale and not MODELS[args.model].func.any_grid:
+        raise UserError(f"--multi-scale: {args.model} works on one grid only; leave the flag out or take a GeCA")
     if args.multi_scale and cache.mean.shape[-1] % 4:
         raise UserError(f"--multi-scale: found {cache.mean.shape[-1]} cells per side, expected a multiple of 4")
     if min(args.global_batch_size, len(cache)) < accelerator.num_processes:
@@ -302,7 +353,7 @@ def main():
 
 
 def parser():
-    p = Parser(__doc__)
+    p = Parser(__doc__, RELEASED)
     p.add_argument("--model", choices=MODELS, default="GeCA-S", help="which denoiser")
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root (labels, validation)")
     p.add_argument("--feature-path", type=Path, required=True, metavar="DIR", help="latent cache")
@@ -324,6 +375,10 @@ def parser():
     g.add_argument("--lr", type=number(0), default=1e-4, help="learning rate of AdamW, constant")
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")
     g.add_argument("--ema-decay", type=number(0, 1), default=0.9999, help="of the averaged weights, after warm-up")
+    g.add_argument("--ema-warmup", action=BooleanOptionalAction, default=True,
+                   help="let early averages forget the start (published: no)")
+    g.add_argument("--frozen-latents", action=BooleanOptionalAction, default=False,
+                   help="draw mirror and posterior sample once for each image, not at each step (published: once)")
     g.add_argument("--global-seed", type=integer(0), default=0, help="seed of every draw")
     g = p.add_argument_group("validation and logs")
     g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="epochs between validations "
@@ -331,6 +386,13 @@ def parser():
     g.add_argument("--val-samples", type=integer(2), default=24, help="images sampled per validation")
     g.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="steps of those samples")
     g.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance of those samples; 1 is none")
+    g.add_argument("--validation-weights", choices=("ema", "model"), default="ema",
+                   help="averaged or raw weights make those samples (published: raw)")
+    g.add_argument("--validation-labels", choices=("own", "null"), default="own",
+                   help="labels of the validation images, or none at all (published: null)")
+    g.add_argument("--validation-kid", choices=("fresh", "accumulated"), default="fresh", help="score against all "
+                   "validation images, or add to a metric that is never reset (published: accumulated)")
+    add_state_flag(g)
     g.add_argument("--features", default="retina", help="feature space of the KID (retina, or a VAE folder)")
     g.add_argument("--log-every", type=integer(1), default=100, metavar="STEPS", help="steps between log lines")
     g.add_argument("--ckpt-every", type=integer(1), default=1000, metavar="STEPS",

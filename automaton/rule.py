@@ -211,15 +211,3 @@ def firing_rows(fire, device):
         chosen = fires.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (N, R), firing cells first
         index = (chosen + first_cell).flatten()
         yield index.to(device), fires.gather(1, chosen)[..., None].to(device)
-
-
-def xavier_zero(rule):
-    """Start values of the published code: Xavier-uniform linears, zero biases; modulation and last linear zero."""
-    for module in rule.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for zero in (rule.transformer.adaLN_modulation[1], rule.final_layer.adaLN_modulation[1], rule.final_layer.linear):
-        nn.init.zeros_(zero.weight)
-        nn.init.zeros_(zero.bias)

@@ -29,13 +29,15 @@ class GuidedDenoiser:
     ε = ε_null + scale·(ε_label − ε_null) on all channels, the variance is that of the labelled half; both halves
     go through the model in one batch and keep separate states. At scale 1 the null half is left out.
     `generators` holds two lists, one generator per image for each half. Every call starts from the state the
-    previous one left by the same rule, whatever the scale: hidden channels inherited, output seeded afresh
-    (the published code inherits all channels where there is no guidance, so that its scale 1 is not the limit of
-    scales above 1).
+    previous one left by the same rule, whatever the scale: hidden channels inherited, output seeded afresh.
+    `unguided_state="whole"` is the published rule where there is no guidance: all channels inherited (`forward`,
+    geca.py:486-489, fed with its own state by gaussian_diffusion.py:617-618), so that its scale 1 is not the limit
+    of scales above 1.
     """
 
-    def __init__(self, model, y, scale, generators):
+    def __init__(self, model, y, scale, generators, unguided_state="hidden"):
         self.model, self.scale = model, scale
+        self.inherits_whole = scale == 1 and unguided_state == "whole"
         if scale == 1:
             self.y, self.generators = y, list(generators[0])
         else:
@@ -54,10 +56,10 @@ class GuidedDenoiser:
         return torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1), state
 
     def _living_state(self, x, state):
-        seed = self.model.draw_seed(len(x), self.generators).to(x.device)
+        seed = self.model.draw_seed(len(x), self.generators).to(x.device)  # always: later draws must not move
         if state is None:
             return self.model.initial_state(*x.shape[:1], *x.shape[2:], seed)
-        return self.model.inherit(state, seed)
+        return state if self.inherits_whole else self.model.inherit(state, seed)
 
 
 def indices(diffusion, x):

@@ -10,6 +10,8 @@ import torch
 from pipeline.cli import UserError
 from pipeline.seeds import generator
 
+SUBSETS = 100  # as in the paper
+
 
 def polynomial_kernel(x, y):
     """k(x, y) = (x·y / d + 1)³ for all pairs: (m, d), (n, d) -> (m, n)."""

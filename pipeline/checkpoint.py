@@ -1,21 +1,31 @@
 """Checkpoints: plain dicts of tensors, numbers and strings, written whole, from which the net is rebuilt.
 
-    python -m pipeline.checkpoint RUN/checkpoints/best_ckpt.pt                  say what is inside
-    python -m pipeline.checkpoint RUN/checkpoints/best_ckpt.pt --to small.pt    averaged weights only, float16
+    python -m pipeline.checkpoint FILE                                  say what is inside
+    python -m pipeline.checkpoint FILE --to out.safetensors             weights alone, with what the file says of them
+    python -m pipeline.checkpoint FILE --to small.pt --half             the same as a checkpoint, in half precision
 
-Keys: `model` and `ema` (state dicts under the published names), `opt`, `step`, `epoch`, `args` (the resolved
-flags), `label_names`, `model_args` (name and sizes), `best_kid`, `format_version`.
+Keys of ours: `model` and `ema` (raw and averaged weights under the published names), `opt`, `scaler`, `step`, `epoch`,
+`args` (the resolved flags), `label_names`, `model_args` (name and sizes), `best_kid`, `minutes`, `codec`, `run`,
+`format_version`. The published layout has `model`, `ema`, `opt` and `args`, in which it finds our weights too. Read are
+ours, the published layout, bare state dicts and safetensors; what a file does not say is None.
 """
 
+import argparse
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from models import MODELS
 from pipeline.cli import Parser, UserError, run
 from pipeline.files import write_atomically
 
 FORMAT = 1
+PREFIX = "module."  # in front of the names of published files: weights were saved from inside DistributedDataParallel
+SAID = ("args", "label_names", "model_args", "step", "epoch", "best_kid", "minutes", "codec", "run", "features")
+METADATA = "checkpoint"  # key of the safetensors header under which SAID is kept, as json
 
 
 def save(path, checkpoint):
@@ -24,62 +34,145 @@ def save(path, checkpoint):
 
 
 def load(path, flag="--ckpt"):
-    """Read a checkpoint of ours without executing anything in it. Raises UserError."""
+    """Read a checkpoint, ours or foreign, without executing anything in it. Raises UserError.
+
+    Returns the keys of ours. `ema` or `model` is empty where the file has no such weights; the weights of a bare
+    state dict count as averaged ones.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; train.py writes RUN/checkpoints/best_ckpt.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    found = _read_safetensors(path, flag) if path.suffix == ".safetensors" else _read_pickle(path, flag)
+    if found.get("format_version", FORMAT) != FORMAT:
+        raise UserError(f"{flag} {path}: has format {found['format_version']}, expected {FORMAT}; update this program")
+    found |= {kind: _without_prefix(found.get(kind) or {}) for kind in ("ema", "model")}
+    weights = found["ema"] or found["model"]
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{flag} {path}: not a checkpoint (found {', '.join(map(str, found))[:80]}; expected `ema` or "
+                        "`model`, or a state dict)")
+    if isinstance(found.get("args"), argparse.Namespace):
+        found["args"] = vars(found["args"])
+    found = {key: found.get(key) for key in SAID} | found
+    if found["model_args"] is None:
+        _identify(found, weights, f"{flag} {path}")
+    return found
+
+
+def _read_pickle(path, flag):
+    try:  # the published layout keeps its flags in a Namespace; nothing else is let in
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely ({reason})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT:
-        raise UserError(f"{flag} {path}: not a checkpoint of train.py (format {FORMAT})")
-    return checkpoint
+    if not isinstance(found, dict):
+        raise UserError(f"{flag} {path}: not a checkpoint (found {type(found).__name__}, expected a dict)")
+    bare = found and all(isinstance(value, torch.Tensor) for value in found.values())
+    return {"ema": found} if bare else found
+
+
+def _read_safetensors(path, flag):
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return {said.pop("kind", "ema"): weights, **said}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{flag} {path}: not a safetensors file ({error})") from None
+
+
+def _without_prefix(weights):
+    return {str(key).removeprefix(PREFIX): value for key, value in weights.items()}
+
+
+def _identify(found, weights, where):
+    """Fill in `model_args` and `args` of a file that does not say what it holds, from the shapes of its weights."""
+    shapes = {key: value.shape for key, value in weights.items()}
+    name, sizes = next(((name, sizes) for name, make in MODELS.items()
+                        if (sizes := make.func.sizes(shapes)) and _shapes_of(make, sizes) == shapes), (None, None))
+    if name is None:
+        raise UserError(f"{where}: its {len(shapes)} weights fit none of {' '.join(MODELS)}")
+    found["model_args"] = {"model": name, **sizes}
+    found["args"] = {"image_size": None, "vae": None, "image_space": None, "multi_scale": None, **(found["args"] or {}),
+                     "model": name, "num_classes": sizes["num_classes"], "in_channels": sizes["in_channels"]}
+
+
+def _shapes_of(make, sizes):
+    with torch.device("meta"):
+        return {key: value.shape for key, value in make(**sizes).state_dict().items()}
 
 
 def build(checkpoint, weights="ema"):
     """The net of a checkpoint with its `ema` or raw `model` weights, in evaluation mode."""
-    model = MODELS[checkpoint["model_args"]["model"]](
-        input_size=checkpoint["model_args"]["input_size"], num_classes=checkpoint["model_args"]["num_classes"],
-        in_channels=checkpoint["model_args"]["in_channels"])
+    sizes = dict(checkpoint["model_args"])
+    model = MODELS[sizes.pop("model")](**sizes)
     model.load_state_dict({key: value.float() for key, value in checkpoint[weights].items()})
     return model.eval().requires_grad_(False)
 
 
 def check_flag(path, name, asked, found):
-    """A flag that disagrees with the checkpoint is an error; None means the flag was not given."""
-    if asked is not None and asked != found:
+    """A flag that disagrees with the checkpoint is an error; None means not given, or not said by the file."""
+    same = MODELS.get(asked, asked) == MODELS.get(found, found)  # DiT-S and DiT-S/2 are one model
+    if None not in (asked, found) and not same:
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag} {asked}: {path} was trained with {flag} {found}; leave the flag out or change it")
 
 
-def slim(checkpoint):
-    """What sampling and --load-from need, in half precision: an eighth of the size."""
-    half = {key: value.half() for key, value in checkpoint["ema"].items()}
-    return {**checkpoint, "ema": half, "model": {}, "opt": {}, "scaler": {}}
+def weights_only(checkpoint, kind="ema", half=False):
+    """A checkpoint of one kind of weights, `ema` or `model`, and nothing that only training needs."""
+    weights = {key: value.half() if half else value for key, value in checkpoint[kind].items()}
+    return {**checkpoint, "ema": {}, "model": {}, kind: weights, "opt": {}, "scaler": {}}
+
+
+def save_safetensors(path, checkpoint):
+    """Write the weights of a checkpoint of one kind (`weights_only`) under their published names."""
+    kind = "ema" if checkpoint["ema"] else "model"
+    said = json.dumps({"kind": kind, **{key: checkpoint.get(key) for key in SAID}})
+    tensors = {key: value.contiguous() for key, value in checkpoint[kind].items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {METADATA: said}))
 
 
 def summary(checkpoint):
     """A few lines about a checkpoint, for people."""
-    size = sum(value.numel() for value in checkpoint["ema"].values())
+    weights = checkpoint["ema"] or checkpoint["model"]
+    size = sum(value.numel() for value in weights.values())
+    kinds = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
     held = " and ".join(name for name, key in (("averaged", "ema"), ("raw", "model")) if checkpoint[key])
-    trained = checkpoint["args"]
-    return (f"{trained['model']}, {size:,} values, {held} weights; step {checkpoint['step']}, epoch "
-            f"{checkpoint['epoch']}, best KID {1e3 * checkpoint['best_kid']:.2f}e-3\n"
-            f"{trained['image_size']} px, VAE {checkpoint['codec']}, labels {' '.join(checkpoint['label_names'])}")
+    trained, sizes = checkpoint["args"], checkpoint["model_args"]
+
+    def said(value, text="{}"):
+        return "not said" if value is None else text.format(value)
+
+    kid = checkpoint["best_kid"]
+    return "\n".join([
+        f"{sizes['model']}, {size:,} values, {held} weights, {' and '.join(sorted(kinds))}",
+        f"step {said(checkpoint['step'])}, epoch {said(checkpoint['epoch'])}, "
+        f"best KID {said(None if kid is None else 1e3 * kid, '{:.2f}e-3')}",
+        f"{said(trained['image_size'], '{} px')}, VAE {said(checkpoint['codec'] or trained['vae'])}, "
+        f"{sizes['num_classes']} labels: {said(checkpoint['label_names'] and ' '.join(checkpoint['label_names']))}"])
 
 
 def main():
-    p = Parser(__doc__)
-    p.add_argument("file", type=Path, help="a checkpoint of train.py")
-    p.add_argument("--to", type=Path, metavar="FILE", help="write a slim copy")
-    args = p.parse_args()
-    checkpoint = load(args.file, flag="")
+    args = parser().parse_args()
+    checkpoint = load(args.file, flag="FILE")
     print(summary(checkpoint))
-    if args.to:
-        save(args.to, slim(checkpoint))
-        print(f"{args.to}: {args.to.stat().st_size / 1e6:.1f} MB")
+    if args.to is None:
+        return
+    kind = args.weights or ("ema" if checkpoint["ema"] else "model")
+    if not checkpoint[kind]:
+        raise UserError(f"--weights {kind}: {args.file} holds none; give the other")
+    write = save_safetensors if args.to.suffix == ".safetensors" else save
+    write(args.to, weights_only(checkpoint, kind, args.half))
+    print(f"{args.to}: {args.to.stat().st_size / 1e6:.1f} MB")
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("file", type=Path, help="a checkpoint of any layout")
+    p.add_argument("--to", type=Path, metavar="FILE", help="write the weights to a .safetensors or .pt file")
+    p.add_argument("--weights", choices=("ema", "model"), help="averaged or raw (default: averaged if there are any)")
+    p.add_argument("--half", action="store_true", help="write them in half precision")
+    return p
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,18 +31,28 @@ def _dashes(argument):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with both spellings of every flag, no abbreviations and defaults in the help."""
+    """argparse with both spellings of every flag, no abbreviations and defaults in the help.
 
-    def __init__(self, description, **options):
+    `released`: flag -> value that it has under `--as-released` (docs/FIDELITY.md), unless it is given too.
+    """
+
+    def __init__(self, description, released=None, **options):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
+        self.released = released
+        if released:
+            spelt = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in released.items())
+            spelt = re.sub("--([a-z-]+) (True|False)", lambda m: f"--{'no-' * (m[2] == 'False')}{m[1]}", spelt)
+            self.add_argument("--as-released", action="store_true", help=f"behave as the published code: {spelt}")
 
     def error(self, message):
         """One line, as for every mistake of the user; argparse would print the usage first."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_dashes(a) for a in args], namespace)
+        args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        if self.released and "--as-released" in args:
+            self.set_defaults(**self.released)
+        return super().parse_known_args(args, namespace)
 
 
 def integer(low, high=None):

@@ -24,11 +24,11 @@ from pipeline.vae import cells_per_side, open_codec, same_weights, weights_hash
 
 @torch.no_grad()
 def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, device, multi_scale=False,
-                   on_step=None):
+                   unguided_state="hidden", on_step=None):
     """Guided ancestral sampling: labels (N, K), ids = the N image numbers -> latents (N, C, cells, cells)."""
     noise = [generator(seed, "noise", i) for i in ids]
     cells_of_half = [[generator(seed, half, i) for i in ids] for half in ("cells", "null cells")]
-    denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half)
+    denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half, unguided_state)
     regrid = partial(multiscale.enlarge, side=cells) if multi_scale else None
     side = cells // multiscale.reduction(int(diffusion.timestep_map[-1])) if multi_scale else cells
     x = per_image(torch.randn, (model.in_channels, side, side), noise).to(device)
@@ -43,6 +43,15 @@ def sample_images(model, codec, labels, ids, *, steps, batch_size, progress=None
         on_step = (lambda i, p: progress.update(len(i))) if progress is not None else None
         latents = sample_latents(model, diffusion, labels[part], ids[part], on_step=on_step, **options)
         yield ids[part], codec.decode(latents).cpu().numpy()
+
+
+RELEASED = {"unguided_state": "whole"}  # --as-released
+UNSAID = {"image_size": 256, "vae": "ema", "image_space": False, "multi_scale": False}  # for files that do not say
+
+
+def add_state_flag(p):
+    p.add_argument("--unguided-state", choices=("hidden", "whole"), default="hidden", help="which of GeCA's channels "
+                   "the next denoising step inherits where there is no guidance (published: whole)")
 
 
 def add_flags(p, default_data_path):
@@ -63,12 +72,13 @@ def add_flags(p, default_data_path):
     p.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="denoising steps")
     p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance; 1 is none")
     p.add_argument("--per-proc-batch-size", type=integer(1), default=32, help="images per process and batch")
+    add_state_flag(p)
     p.add_argument("--global-seed", type=integer(0), default=0, help="seed; image k depends on it and on k")
     p.add_argument("--tf32", action="store_true", help="TensorFloat-32 matrix products (CUDA; faster, less exact)")
 
 
 def parser(description, data_help):
-    p = Parser(description)
+    p = Parser(description, RELEASED)
     add_flags(p, data_help)
     return p
 
@@ -82,6 +92,8 @@ def run(args, labels_of, folder_name, csv_name):
     checkpoint = load_matching(args)
     trained = checkpoint["args"]
     labels, label_names = labels_of(args, checkpoint)
+    if checkpoint["label_names"] is None:  # the published layout counts its labels but does not name them
+        checkpoint["label_names"] = list(label_names)
     if list(label_names) != checkpoint["label_names"]:
         raise UserError(f"{args.data_path}: labels {' '.join(label_names)}, but {args.ckpt} was trained on "
                         f"{' '.join(checkpoint['label_names'])}")
@@ -93,11 +105,16 @@ def run(args, labels_of, folder_name, csv_name):
     label_file = folder / f"{csv_name}_{args.fold}.npy"
     claim(folder, settings(args, checkpoint, model), label_file, labels.numpy().astype(int), process)
     if process.is_main_process:
-        print(f"{trained['model']}, {args.weights} weights of step {checkpoint['step']}: {len(labels)} images, "
-              f"{args.num_sampling_steps} steps, guidance {args.cfg_scale}, {process.num_processes} process(es)")
+        if checkpoint["assumed"]:
+            print(f"{args.ckpt} does not say all; taken: " +
+                  ", ".join(f"{name} {trained[name]}" for name in checkpoint["assumed"]))
+        print(f"{trained['model']}, {args.weights} weights of step {checkpoint['step'] or 'unknown'}: "
+              f"{len(labels)} images, {args.num_sampling_steps} steps, guidance {args.cfg_scale}, "
+              f"{process.num_processes} process(es)")
     options = {"steps": args.num_sampling_steps, "batch_size": args.per_proc_batch_size,
                "cells": cells_per_side(trained["image_size"], codec), "cfg_scale": args.cfg_scale,
-               "seed": args.global_seed, "device": process.device, "multi_scale": trained["multi_scale"]}
+               "seed": args.global_seed, "device": process.device, "multi_scale": trained["multi_scale"],
+               "unguided_state": args.unguided_state}
     write_missing(model, codec, labels, folder / folder_name, process, options)
     process.wait_for_everyone()
     if process.is_main_process:
@@ -107,10 +124,15 @@ def run(args, labels_of, folder_name, csv_name):
 
 
 def load_matching(args):
-    """The checkpoint, after checking every flag that it already answers."""
+    """The checkpoint, after checking every flag that it already answers; what it leaves open, the flags answer."""
     checkpoint = checkpoints.load(args.ckpt)
+    trained = checkpoint["args"]
     for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae"):
-        checkpoints.check_flag(args.ckpt, name, getattr(args, name), checkpoint["args"][name])
+        checkpoints.check_flag(args.ckpt, name, getattr(args, name), trained[name])
+    checkpoint["assumed"] = [name for name in UNSAID if trained[name] is None]
+    for name in checkpoint["assumed"]:
+        asked = getattr(args, name, None)
+        trained[name] = UNSAID[name] if asked is None else asked
     if not checkpoint.get(args.weights):
         raise UserError(f"--weights {args.weights}: {args.ckpt} holds none; give the other")
     return checkpoint
@@ -120,7 +142,7 @@ def open_trained_codec(args, checkpoint, device):
     """The very autoencoder that the checkpoint was trained with."""
     trained = checkpoint["args"]
     codec = open_codec(trained["vae"], trained["image_space"], device)
-    if not same_weights(codec.identity, checkpoint["codec"]):
+    if checkpoint["codec"] is not None and not same_weights(codec.identity, checkpoint["codec"]):
         raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
                         f"{checkpoint['codec']}; restore that VAE")
     return codec
@@ -150,6 +172,7 @@ def settings(args, checkpoint, model):
     """What the pixels of a sample folder depend on, beyond its name and the labels."""
     return {"weights": args.weights, "step": checkpoint["step"], "vae": checkpoint["codec"],
             "run": checkpoint["run"], "label_names": checkpoint["label_names"],
+            "unguided_state": args.unguided_state if args.cfg_scale == 1 else "hidden",
             "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
 
 

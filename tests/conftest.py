@@ -29,8 +29,9 @@ def made_weight(key, shape):
 
 
 def fill(model):
-    """Give a model the weights of the reference vectors."""
-    model.load_state_dict({key: made_weight(key, tuple(v.shape)) for key, v in model.state_dict().items()})
+    """Give a model the weights of the reference vectors; a position table keeps the values it has."""
+    made = {key: made_weight(key, tuple(v.shape)) for key, v in model.state_dict().items() if key != "pos_embed"}
+    model.load_state_dict({**model.state_dict(), **made})
     return model
 
 

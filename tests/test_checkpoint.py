@@ -1,10 +1,13 @@
-"""Checkpoints: safe to read, whole or not there, and enough to rebuild the net."""
+"""Checkpoints: safe to read, whole or not there, enough to rebuild the net, and readable both ways."""
 
+import argparse
 import os
 import pickle
 
 import pytest
 import torch
+from conftest import call_script, fill, succeeded
+from safetensors.torch import load_file, save_file
 
 from models import MODELS
 from pipeline import checkpoint as checkpoints
@@ -32,15 +35,89 @@ def test_the_net_is_rebuilt_from_the_file(tmp_path):
     assert all(torch.equal(a + 1, b) for a, b in zip(model.parameters(), raw.parameters(), strict=True))
 
 
-def test_a_slim_copy_is_half_precision_and_builds(tmp_path):
-    model, checkpoint = small_checkpoint()
+# ---- other layouts
+
+
+@pytest.fixture(scope="module")
+def geca():
+    """One with other numbers of labels, and other channels than usual."""
+    return fill(MODELS["GeCA-XS"](input_size=4, num_classes=7, in_channels=3))
+
+
+def published(model, **more):
+    """The published layout: weights saved from inside DistributedDataParallel, flags as argparse left them."""
+    raw = {f"module.{key}": value + 1 for key, value in model.state_dict().items()}
+    args = argparse.Namespace(model="GeCA-XS", image_size=256, vae="mse", num_classes=1000, in_channels=3,
+                              image_space=False, multi_scale=False, grad_norm=False, lr=None, **more)
+    return {"model": raw, "ema": model.state_dict(), "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": args}
+
+
+def same_weights(state, model):
+    return all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_published_layout_is_read(tmp_path, geca):
+    torch.save(published(geca), tmp_path / "c.pt")
+    found = checkpoints.load(tmp_path / "c.pt")
+    assert found["model_args"] == {"model": "GeCA-XS", "num_classes": 7, "in_channels": 3}  # the shapes are right
+    assert (found["args"]["image_size"], found["args"]["vae"], found["args"]["num_classes"]) == (256, "mse", 7)
+    assert found["label_names"] is None and found["codec"] is None and found["step"] is None
+    assert same_weights(checkpoints.build(found).state_dict(), geca)
+    assert torch.equal(checkpoints.build(found, "model").final_layer.linear.bias, geca.final_layer.linear.bias + 1)
+    text = checkpoints.summary(found)
+    for words in ("GeCA-XS", "averaged and raw weights", "step not said", "256 px", "VAE mse", "7 labels: not said"):
+        assert words in text
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("write, name", [(torch.save, "c.pt"), (save_file, "c.safetensors")])
+def test_bare_weights_are_read(tmp_path, geca, prefix, write, name):
+    write({prefix + key: value for key, value in geca.state_dict().items()}, tmp_path / name)
+    found = checkpoints.load(tmp_path / name)
+    assert same_weights(checkpoints.build(found).state_dict(), geca) and not found["model"]
+    assert found["args"]["image_size"] is None and found["args"]["vae"] is None
+
+
+@pytest.mark.parametrize("name, sizes", [("GeCA-S", {"num_classes": 2, "in_channels": 4}),
+                                         ("DiT-S/4", {"num_classes": 3, "in_channels": 2, "input_size": 8})])
+def test_a_model_is_known_by_its_shapes(tmp_path, name, sizes):
+    torch.save(MODELS[name](**sizes).state_dict(), tmp_path / "c.pt")
+    assert checkpoints.load(tmp_path / "c.pt")["model_args"] == {"model": name, **sizes}
+
+
+def test_ours_is_read_by_published_code(tmp_path, geca):
+    """Its samplers take `ema` of the file as it is, and load it into a model with the published names."""
+    _, checkpoint = small_checkpoint()
+    checkpoints.save(tmp_path / "c.pt", {**checkpoint, "ema": geca.state_dict()})
+    state = torch.load(tmp_path / "c.pt", weights_only=False)["ema"]  # find_model there
+    assert type(state) in (dict, type(geca.state_dict())) and set(state) == set(geca.state_dict())
+    assert same_weights(state, geca)
+
+
+@pytest.mark.parametrize("kind, half", [("ema", False), ("ema", True), ("model", False)])
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
+def test_conversion(tmp_path, kind, half, name):
+    _, checkpoint = small_checkpoint()
     checkpoints.save(tmp_path / "c.pt", checkpoint)
-    checkpoints.save(tmp_path / "slim.pt", checkpoints.slim(checkpoint))
-    assert (tmp_path / "slim.pt").stat().st_size < (tmp_path / "c.pt").stat().st_size / 3.8
-    rebuilt = checkpoints.build(checkpoints.load(tmp_path / "slim.pt"))
-    for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert "averaged weights; step 7" in checkpoints.summary(checkpoints.load(tmp_path / "slim.pt"))
+    out = succeeded(call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name, "--weights", kind,
+                                *["--half"] * half))
+    assert "averaged and raw weights, float32" in out and "step 7, epoch 1, best KID 500.00e-3" in out
+    found = checkpoints.load(tmp_path / name)
+    other = "model" if kind == "ema" else "ema"
+    for key, value in checkpoint[kind].items():
+        assert torch.equal(found[kind][key], value.half() if half else value)
+    assert not found[other] and not found.get("opt")
+    for said in ("args", "label_names", "model_args", "step", "codec", "run"):
+        assert found[said] == checkpoint[said]
+    if name == "out.safetensors":  # and anybody else finds the published names in it
+        assert set(load_file(tmp_path / name)) == set(checkpoint[kind])
+
+
+def test_conversion_says_what_a_file_lacks(tmp_path, geca):
+    torch.save(geca.state_dict(), tmp_path / "c.pt")
+    done = call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "o.pt", "--weights", "model")
+    assert done.returncode == 2 and "--weights model" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "o.pt").exists()
 
 
 class Trap:
@@ -51,10 +128,11 @@ class Trap:
         return os.mkdir, (self.file,)
 
 
-def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
+def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path, geca):
     torch.save({"model": Trap(str(tmp_path / "ran"))}, tmp_path / "trap.pt")
+    torch.save(published(geca, home=Trap(str(tmp_path / "ran"))), tmp_path / "trap_in_flags.pt")
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran")), protocol=2))
-    for name in ("trap.pt", "trap.pkl"):
+    for name in ("trap.pt", "trap_in_flags.pt", "trap.pkl"):
         with pytest.raises(UserError, match="can be loaded safely") as error:
             checkpoints.load(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -69,11 +147,28 @@ def test_a_damaged_file_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [{"model": {}, "ema": {}}, {"format_version": 99}, [1, 2]])
-def test_what_train_did_not_write_is_refused(tmp_path, content):
+def test_only_the_flags_class_is_let_in(tmp_path):
+    torch.save({"ema": {"a": torch.ones(1)}, "args": argparse.ArgumentTypeError("x")}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="can be loaded safely"):
+        checkpoints.load(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"model": {}, "ema": {}}, "not a checkpoint"), ({}, "not a checkpoint"), ([1, 2], "found list"),
+    ({"format_version": 99, "ema": {"a": torch.ones(1)}}, "has format 99, expected 1"),
+    ({"ema": {"a": 1}}, "not a checkpoint"), ({"a": torch.ones(1)}, "its 1 weights fit none of GeCA-S")])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "c.pt")
-    with pytest.raises(UserError, match=r"--load-from .*c\.pt: not a checkpoint of train\.py"):
+    with pytest.raises(UserError, match=rf"--load-from .*c\.pt: .*{words}") as error:
         checkpoints.load(tmp_path / "c.pt", "--load-from")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_safetensors_file_is_one_line(tmp_path):
+    (tmp_path / "c.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(UserError, match="not a safetensors file") as error:
+        checkpoints.load(tmp_path / "c.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -92,6 +187,8 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_flag_that_disagrees_is_an_error():
+    checkpoints.check_flag("c.pt", "model", "DiT-S", "DiT-S/2")  # two names of one model
+    checkpoints.check_flag("c.pt", "vae", "mse", None)  # a file that does not say
     checkpoints.check_flag("c.pt", "model", None, "GeCA-XS")
     checkpoints.check_flag("c.pt", "model", "GeCA-XS", "GeCA-XS")
     with pytest.raises(UserError, match=r"--image-size 64: c\.pt was trained with --image-size 32"):

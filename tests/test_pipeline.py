@@ -3,6 +3,7 @@
 What needs no process of its own runs in this one (`call_script`): starting Python and torch takes most of the time.
 """
 
+import argparse
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import call_script, run_script, succeeded
 from PIL import Image
+from safetensors.torch import save_file
 from test_checkpoint import Trap
 
 from diffusion import create_diffusion
@@ -263,6 +265,37 @@ def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
     assert np.array_equal(np.load(a / "val_syn_0.npy"), split.labels)
 
 
+def test_a_checkpoint_of_the_published_layout_gives_the_same_images(trained, tiny_vae, tmp_path):
+    """Weights from inside DistributedDataParallel, flags as a Namespace; and bare weights, which say nothing."""
+    ours = checkpoint(trained, "best")
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "ours"))
+    theirs = {kind: {f"module.{k}": v for k, v in ours[kind].items()} for kind in ("model", "ema")}
+    flags = argparse.Namespace(model="GeCA-XS", image_size=32, vae=tiny_vae, image_space=False, multi_scale=False)
+    (tmp_path / "p").mkdir()
+    torch.save({**theirs, "opt": {}, "args": flags}, tmp_path / "p" / "best_ckpt.pt")
+    save_file(ours["ema"], tmp_path / "p" / "best_ckpt.safetensors")
+    for name, more in (("best_ckpt.pt", ()), ("best_ckpt.safetensors", (*SIZE, "--vae", tiny_vae))):
+        out = succeeded(sample("sample_ddp_val.py", trained, tmp_path / name, "--ckpt", tmp_path / "p" / name, *more))
+        assert ("does not say all" in out) == (name == "best_ckpt.safetensors")
+        (made,) = (tmp_path / name).glob("*/gen_samples_val")
+        again = pictures(made)
+        assert again.keys() and all(
+            (image == again[k]).all() for k, image in pictures(tmp_path / "ours" / NAME / "gen_samples_val").items())
+    refused(sample("sample_ddp.py", trained, tmp_path / "n", "--ckpt", tmp_path / "p" / "best_ckpt.pt", "--vae", "ema"),
+            "--vae ema")
+
+
+def test_dit_trains_and_samples_by_the_same_commands(store, tiny_vae, tmp_path):
+    succeeded(train(store, tiny_vae, "dit", "--model", "DiT-S", "--epochs", 1))
+    (run,) = (store / "dit").iterdir()
+    assert run.name == "000-DiT-S-0" and np.isfinite(list(metrics(run, "loss").values())).all()
+    succeeded(sample("sample_ddp_val.py", run, tmp_path, "--model", "DiT-S/2"))
+    assert (tmp_path / NAME.replace("GeCA-XS", "DiT-S")).is_dir()
+    refused(train(store, tiny_vae, "no", "--model", "DiT-S", "--multi_scale"), "--multi-scale", "DiT-S")
+    refused(train(store, tiny_vae, "no", "--model", "DiT-S/8"), "--model DiT-S/8", "multiple of the patch size 8")
+    assert not (store / "no").exists()
+
+
 @pytest.fixture(scope="module")
 def expanded(trained, tmp_path_factory):
     """Two images for the labels of each training image."""
@@ -428,7 +461,7 @@ def test_samplers_refuse_other_checkpoints(trained, tmp_path):
         (("--ckpt", tmp_path / "nowhere.pt"), ("nowhere.pt", "no such file")),
         (("--ckpt", tmp_path / "half.pt"), ("half.pt", "not a checkpoint")),
         (("--ckpt", tmp_path / "trap.pt"), ("trap.pt", "loaded safely")),
-        (("--ckpt", tmp_path / "foreign.pt"), ("foreign.pt", "not a checkpoint of train.py")),
+        (("--ckpt", tmp_path / "foreign.pt"), ("foreign.pt", "not a checkpoint")),
         (("--fold", 7), ("val_7.csv", "no such file")),
     ]
     for more, words in cases:
