@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from automaton import LocalRule
+from automaton import LocalRule, grow
 from automaton.rule import modulate
 from pipeline.seeds import per_image
 
@@ -63,6 +64,7 @@ class GeCA(LocalRule):
         super().__init__(in_channels, 2 * in_channels + hidden, width, mlp_width)
         self.input_size, self.num_classes = input_size, num_classes
         self.out_channels, self.hidden, self.steps = 2 * in_channels, hidden, steps
+        self.engine = "auto"  # of automaton/engines.py
         self.update_rate = 0.5  # probability that a cell fires, in training and at inference (geca.py:412-414)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
@@ -85,9 +87,9 @@ class GeCA(LocalRule):
     def forward(self, x, t, y, state=None, generator=None):
         n, _, h, w = x.shape
         if state is None:
-            state = self.initial_state(n, h, w, self.draw_seed(n, generator).to(x.device))
+            state = self.initial_state(n, h, w, self.draw_seed(n, generator).to(x.device, non_blocking=True))
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        state = self.grow(x, state, c, self.draw_fire(n, h * w, generator))
+        state = grow(self, x, state, c, self.draw_fire(n, h * w, generator), self.engine)
         return state[:, : self.out_channels], state
 
     def draw_seed(self, n, generator):
@@ -186,6 +188,7 @@ class DiT(nn.Module):
 
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, depth, heads, patch):
         super().__init__()
+        self.checkpoint_steps = False  # in training, compute each block again in backward instead of keeping it
         if input_size % patch:
             raise ValueError(f"input_size {input_size}: expected a multiple of the patch size {patch}")
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
@@ -222,8 +225,9 @@ class DiT(nn.Module):
         side = x.shape[-1] // self.patch
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        again = self.checkpoint_steps and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, c)
+            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
         x = self.final_layer(x, c)  # (N, T, patch · patch · 2C)
         x = x.unflatten(-1, (self.patch, self.patch, self.out_channels)).unflatten(1, (side, side))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3), None  # (N, 2C, H, W)

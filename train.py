@@ -38,7 +38,7 @@ from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
-                "results_dir", "as_released")  # of these, a continued run may have others
+                "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
 RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
             "validation_kid": "accumulated", "val_samples": 24, "num_sampling_steps": 1000, "cfg_scale": 1.0,
             "unguided_state": "whole"}  # --as-released
@@ -54,6 +54,8 @@ class Training:
         self.model_args = {"model": args.model, "input_size": cache.mean.shape[-1],
                            "num_classes": len(label_names), "in_channels": cache.mean.shape[2]}
         net = self.build(**self.model_args)
+        if args.checkpoint_steps is not None:
+            net.checkpoint_steps = args.checkpoint_steps
         if args.load_from:
             start_from(net, args.load_from, label_names, codec)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
@@ -102,7 +104,8 @@ class Training:
     def losses(self, samples):
         """The loss (n,) of n samples on one grid."""
         *columns, generators = zip(*samples, strict=True)
-        x, t, y, noise = (torch.stack(column).to(self.accelerator.device) for column in columns)
+        t = torch.stack(columns.pop(1))  # stays on the CPU, where the tables of the diffusion are
+        x, y, noise = (torch.stack(column).to(self.accelerator.device, non_blocking=True) for column in columns)
         return self.diffusion.training_losses(
             lambda x, t: self.net(x, t, y, generator=generators)[0], x, t, noise)["loss"]
 
@@ -375,6 +378,8 @@ def parser():
     g.add_argument("--lr", type=number(0), default=1e-4, help="learning rate of AdamW, constant")
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")
     g.add_argument("--ema-decay", type=number(0, 1), default=0.9999, help="of the averaged weights, after warm-up")
+    g.add_argument("--checkpoint-steps", action=BooleanOptionalAction, help="save memory: compute each step of the "
+                   "automaton, or block of DiT, again in backward (default: GeCA yes, DiT no)")
     g.add_argument("--ema-warmup", action=BooleanOptionalAction, default=True,
                    help="let early averages forget the start (published: no)")
     g.add_argument("--frozen-latents", action=BooleanOptionalAction, default=False,

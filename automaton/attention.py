@@ -4,61 +4,113 @@ Each cell of an H x W grid attends to the nine cells around and including itself
 a zero key and a zero value: its logit is 0 and it still takes its share of the softmax (published geca.py,
 `LocalAttention`; NATTEN and the usual FlexAttention recipes treat the border otherwise and change the model).
 
-Keys and values are read through nine shifted views of one padded tensor and never copied nine times; the backward
-pass recomputes nothing but keeps only q, k, v and the nine weights of each cell and head.
+Nothing is copied nine times. Queries against keys and weights against values are both "look up nine rows of a table and
+combine them", which is what PyTorch's embedding bag computes in one pass; so are all gradients, each as a sum over the
+nine cells that look at a cell. On a GPU a Triton kernel does the same (automaton/triton_attention.py).
 """
+
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
 
-OFFSETS = tuple((dy, dx) for dy in range(3) for dx in range(3))  # of the padded grid; (1, 1) is the cell itself
+
+def neighbourhood_attention(q, k, v, rows=None):
+    """Softmax over nine of q·k / sqrt(d), applied to v.
+
+    k, v (N, H, W, heads, d) and q alike -> (N, H, W, heads, d). With `rows` (R,), different numbers of cells counted
+    over all N·H·W, only these cells attend: q (R, heads, d) -> (R, heads, d).
+    """
+    if rows is None:
+        every = torch.arange(q.shape[:3].numel(), device=q.device)
+        return neighbourhood_attention(q.flatten(0, 2), k, v, every).view_as(q)
+    if q.is_cuda:
+        from automaton.triton_attention import neighbourhood_attention_triton  # Triton is not on every machine
+
+        return neighbourhood_attention_triton(q, k, v, rows)
+    return _NeighbourhoodAttention.apply(q, k, v, rows)
 
 
-def neighbourhood_attention(q, k, v):
-    """q, k, v (N, H, W, heads, d) -> (N, H, W, heads, d): softmax over nine of q·k / sqrt(d), applied to v."""
-    return _NeighbourhoodAttention.apply(q, k, v)
+@lru_cache(maxsize=8)
+def neighbours(n, h, w, device):
+    """Of each of N·H·W cells the nine neighbours, row by row: numbers (M, 9) int64, and (M, 9) bool: inside the grid.
+
+    The opposite of neighbour j is neighbour 8 − j. Outside the grid the number means nothing.
+    """
+    image, y, x = torch.meshgrid(torch.arange(n), torch.arange(h), torch.arange(w), indexing="ij")
+    dy, dx = torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij")
+    y, x = y.reshape(-1, 1) + dy.flatten(), x.reshape(-1, 1) + dx.flatten()  # (M, 9)
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+    number = (image.reshape(-1, 1) * h + y.clamp(0, h - 1)) * w + x.clamp(0, w - 1)
+    return number.to(device), inside.to(device)
 
 
-def _padded(x):
-    """(N, H, W, heads, d) -> (N, H + 2, W + 2, heads, d), zeros around the grid."""
-    return F.pad(x, (0, 0, 0, 0, 1, 1, 1, 1))
+def _of_heads(numbers, heads):
+    """Rows (R, 9) of a table with a row per cell -> rows (R · heads, 9) of a table with a row per cell and head."""
+    return (numbers[:, None] * heads + torch.arange(heads, device=numbers.device)[:, None]).flatten(0, 1)
 
 
-def _views(padded):
-    """The nine shifted (N, H, W, heads, d) views of a padded tensor, in the order of OFFSETS."""
-    h, w = padded.shape[1] - 2, padded.shape[2] - 2
-    return [padded[:, dy:dy + h, dx:dx + w] for dy, dx in OFFSETS]
+def _products(x, table, places):
+    """x (B, d), table (T, d), places (B, 9) -> (B, 9): the product of each x with nine rows of the table.
+
+    It is the gradient of an embedding bag to its weights, which PyTorch offers only under this internal name.
+    """
+    starts = torch.arange(0, places.numel(), 9, device=places.device)
+    bag = torch.empty(0, dtype=torch.long, device=places.device)  # PyTorch fills it in
+    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, table, places.flatten(), starts, bag, 0)
+    return flat.view_as(places)
+
+
+def _mixtures(weights, table, places):
+    """weights (B, 9), table (T, d), places (B, 9) -> (B, d): sums of nine weighted rows of the table."""
+    return F.embedding_bag(places, table, mode="sum", per_sample_weights=weights)
 
 
 class _NeighbourhoodAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
-        scale = q.shape[-1] ** -0.5
-        logits = torch.stack([(q * key).sum(-1) for key in _views(_padded(k))], -1)  # (N, H, W, heads, 9)
-        exact = torch.promote_types(q.dtype, torch.float32)  # half precision is not enough for the softmax
-        weights = (scale * logits.to(exact)).softmax(-1).to(q.dtype)
-        out = torch.zeros_like(q)
-        for i, value in enumerate(_views(_padded(v))):
-            out.addcmul_(weights[..., i, None], value)
-        ctx.save_for_backward(q, k, v, weights)
-        return out
+    def forward(ctx, q, k, v, rows):
+        ctx.save_for_backward(q, k, v, rows)
+        exact_q, k, v = _exact(q, k, v)
+        weights, places, _ = _weights(exact_q, k, rows)
+        return _mixtures(weights, _table(v), places).view_as(q).to(q.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        # The backward of a softmax is a difference of near equals, and nine terms are summed: not in half precision.
-        kept = ctx.saved_tensors[0].dtype
-        exact = torch.promote_types(kept, torch.float32)
-        q, k, v, weights, grad = (tensor.to(exact) for tensor in (*ctx.saved_tensors, grad))
-        scale = q.shape[-1] ** -0.5
-        padded_k, padded_v = _padded(k), _padded(v)
-        grad_weights = torch.stack([(grad * value).sum(-1) for value in _views(padded_v)], -1)
-        inner = (weights * grad_weights).sum(-1, keepdim=True)
-        grad_logits = scale * weights * (grad_weights - inner)  # backward of the softmax
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(padded_k), torch.zeros_like(padded_v)
-        views = zip(_views(padded_k), _views(grad_k), _views(grad_v), strict=True)
-        for i, (key, to_key, to_value) in enumerate(views):
-            grad_q.addcmul_(grad_logits[..., i, None], key)
-            to_key.addcmul_(grad_logits[..., i, None], q)
-            to_value.addcmul_(weights[..., i, None], grad)
-        inside = (slice(None), slice(1, -1), slice(1, -1))  # what fell outside the grid is dropped
-        return grad_q.to(kept), grad_k[inside].to(kept), grad_v[inside].to(kept)
+        *kept, rows = ctx.saved_tensors
+        q, k, v, grad = _exact(*kept, grad)
+        weights, places, inside = _weights(q, k, rows)
+        grad_weights = _products(_table(grad), _table(v), places) * inside
+        grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))  # of the softmax
+        grad_logits *= q.shape[-1] ** -0.5
+        grad_q = _mixtures(grad_logits, _table(k), places).view_as(q)
+        # What a cell gave as a neighbour: of each of the nine that may have looked at it the row, if it attended.
+        number, there = (t.flip(1) for t in neighbours(*k.shape[:3], k.device))
+        row = torch.full((k.shape[:3].numel(),), -1, device=k.device).index_copy(
+            0, rows, torch.arange(len(rows), device=k.device))
+        row = torch.where(there, row[number], -1)  # (M, 9)
+        looked = _of_heads(row.clamp(min=0), k.shape[3])
+        which = looked * 9 + torch.arange(9, device=k.device)  # row, head and its j-th neighbour: the cell itself
+        there = (row >= 0).repeat_interleave(k.shape[3], 0)
+        grad_k = _mixtures(grad_logits.take(which) * there, _table(q), looked).view_as(k)
+        grad_v = _mixtures(weights.take(which) * there, _table(grad), looked).view_as(v)
+        return (*(g.to(kept[0].dtype) for g in (grad_q, grad_k, grad_v)), None)
+
+
+def _exact(*tensors):
+    """Half precision is not enough for the softmax, nor for its backward, a difference of near equals."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _table(x):
+    """(..., heads, d) -> one row of d per cell and head."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weights(q, k, rows):
+    """q (R, heads, d), k (N, H, W, heads, d) -> weights (R · heads, 9), 0 outside the grid; places; inside."""
+    number, inside = (t[rows] for t in neighbours(*k.shape[:3], k.device))
+    places = _of_heads(number, k.shape[3])
+    inside = inside.to(q.dtype).repeat_interleave(k.shape[3], 0)
+    logits = _products(_table(q * q.shape[-1] ** -0.5), _table(k), places) * inside  # outside: a key of 0
+    weights = logits.T.contiguous().softmax(0).T  # softmax over a long axis of nine short ones is several times faster
+    return weights * inside, places, inside  # … and a value of 0

@@ -1,4 +1,4 @@
-"""The local rule of GeCA and the two engines that apply it for a number of steps.
+"""The local rule of GeCA: the weights of one step and its parts.
 
 One cell per latent pixel; a cell holds [input | output | hidden] channels. The input is x_t and never moves; output
 and hidden together are the living *state*. One step (paper Sec. 2; published geca.py `f`):
@@ -7,10 +7,6 @@ and hidden together are the living *state*. One step (paper Sec. 2; published ge
     z = e + gate1 · attention(modulated norm of e)                 3x3 neighbourhood
     z = z + gate2 · MLP(modulated norm of z)
     state += fire · linear(modulated norm of z)                    each cell fires with probability 1/2
-
-`dense` computes every cell of every step: the readable reference. `asynchronous` gives the same result for half the
-arithmetic: a cell that does not fire needs no query, MLP or update, and a cell that did not fire in the previous step
-has the embedding, key and value it had before, since neither its state nor the condition has changed.
 """
 
 from functools import lru_cache
@@ -41,8 +37,10 @@ class FeedForward(nn.Module):
         super().__init__()  # published names: net.0 and net.3 (a dropout of 0 lies between)
         self.net = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Identity(), nn.Linear(mlp_width, width))
 
-    def forward(self, x):
-        return self.net(x)
+    def forward(self, x, known=None):
+        """`known`: the result, if it was computed before; then only its gradients are missing."""
+        x = self.net[1](self.net[0](x))
+        return self.net[3](x) if known is None else known_linear(x, self.net[3].weight, self.net[3].bias, known)
 
 
 class PreNorm(nn.Module):
@@ -86,6 +84,25 @@ class Modulation(NamedTuple):
     scale3: torch.Tensor
 
 
+def known_linear(x, weight, bias, known):
+    """x·weightᵀ + bias where the result is `known` already: costs nothing now, and its gradients in backward."""
+    return _KnownLinear.apply(x.to(known.dtype), weight.to(known.dtype), bias, known)
+
+
+class _KnownLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, known):
+        ctx.save_for_backward(x, weight)
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ weight, rows.T @ x.flatten(0, -2), grad_bias, None
+
+
 def modulate(x, shift, scale):
     """adaLN: x·(1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -103,7 +120,10 @@ def position_code(cells, width, device):
 
 
 class LocalRule(nn.Module):
-    """The weights of one step, under their published names, and the engines."""
+    """The weights of one step, under their published names, and its parts; automaton/engines.py puts them together.
+
+    Tensors are (N, R, …): R cells of each of N images, all of them or any selection.
+    """
 
     def __init__(self, in_channels, state_channels, width, mlp_width):
         super().__init__()
@@ -111,103 +131,69 @@ class LocalRule(nn.Module):
         self.cell_to_embedding = nn.Linear(in_channels + state_channels, width)
         self.transformer = Transformer(width, mlp_width)
         self.final_layer = FinalLayer(width, state_channels)
-        self.engine = "asynchronous"
+        self.checkpoint_steps = True  # in training, compute each step again in backward instead of keeping it
 
-    def grow(self, x, state, c, fire):
-        """Apply the rule len(fire) times.
+    def step_parameters(self):
+        """The parameters that a step uses, once for all steps."""
+        return [self.cell_to_embedding.weight, *self.transformer.layers.parameters(),
+                *self.final_layer.linear.parameters()]
 
-        x (N, C, H, W) input, state (N, S, H, W), c (N, D) condition, fire (steps, N, H·W) bool on any device: which
-        cells fire -> state (N, S, H, W).
-        """
-        n, s, h, w = state.shape
-        rows = state.flatten(2).transpose(1, 2)  # (N, L, S)
+    def base(self, x):
+        """x (N, C, H, W) -> (N, H·W, D): the input's share of the embedding and the position code."""
         base = F.linear(x.flatten(2).transpose(1, 2), self.cell_to_embedding.weight[:, : self.in_channels],
-                        self.cell_to_embedding.bias)  # the input's share of the embedding: the same at all steps
-        base = base + position_code(h * w, base.shape[-1], base.device)  # (N, L, D)
+                        self.cell_to_embedding.bias)
+        return base + position_code(base.shape[1], base.shape[2], base.device)
+
+    def modulation(self, c):
+        """c (N, D) -> Modulation."""
         signals = torch.cat([self.transformer.adaLN_modulation(c), self.final_layer.adaLN_modulation(c)], -1)
-        m = Modulation(*signals[:, None].chunk(8, dim=-1))
-        engine = {"dense": self._dense, "asynchronous": self._asynchronous}[self.engine]
-        rows = engine(base, rows, m, fire, (h, w))
-        return rows.transpose(1, 2).reshape(n, s, h, w)
+        return Modulation(*signals[:, None].chunk(8, dim=-1))
 
-    # The parts of one step. `rows` may be any selection of an image's cells.
+    def embed(self, base, state):
+        """base (N, R, D), state (N, R, S) -> e (N, R, D)."""
+        return base + F.linear(state, self.cell_to_embedding.weight[:, self.in_channels:])
 
-    def _embed(self, base, rows):
-        return base + F.linear(rows, self.cell_to_embedding.weight[:, self.in_channels:])
+    def project(self, e, m, which, known=None):
+        """e (N, R, D) -> those of queries, keys and values that `which` ("qkv", "q" or "kv") names, (N, R, D) each.
 
-    def _project(self, e, m, which):
-        """Embeddings (N, R, D) -> the queries, keys or values named by the slice `which` of (q, k, v)."""
+        `known`: the result side by side, (N, R, len(which)·D), if it was computed before.
+        """
         attention = self.transformer.layers[0][0]
         z = modulate(attention.norm(e), m.shift1, m.scale1)
-        width = e.shape[-1]
-        return F.linear(z, attention.fn.to_qkv.weight[which.start * width: which.stop * width]).split(width, -1)
+        first, width = "qkv".index(which), e.shape[-1]
+        weight = attention.fn.to_qkv.weight[first * width: (first + len(which)) * width]
+        result = F.linear(z, weight) if known is None else known_linear(z, weight, None, known)
+        return result.split(width, -1)
 
-    def _attend(self, q, k, v, grid):
-        """q, k, v (N, H·W, D) -> (N, H·W, D)."""
-        q, k, v = (t.unflatten(1, grid).unflatten(-1, (self.heads, HEAD_WIDTH)) for t in (q, k, v))
-        return neighbourhood_attention(q, k, v).flatten(-2).flatten(1, 2)
+    def tables(self, base, state, m, known=None):
+        """What neighbours and later steps look up: embeddings, keys and values, each (N, R, D)."""
+        e = self.embed(base, state)
+        return e, *self.project(e, m, "kv", known)
 
-    def _update(self, e, attended, m):
-        """Embeddings and what they attended to -> the update of the state, (N, R, S)."""
-        attention, mlp = self.transformer.layers[0]
-        z = torch.addcmul(e, m.gate1, attention.fn.to_out(attended))
-        z = torch.addcmul(z, m.gate2, mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2)))
+    def attend(self, q, k, v, rows, grid):
+        """q (R', D) of the cells `rows` (R',) of all images (None: of all cells), k, v (N, H·W, D) -> (R', D)."""
+        k, v = (t.unflatten(1, grid).unflatten(-1, (self.heads, HEAD_WIDTH)) for t in (k, v))
+        q = q.unflatten(-1, (self.heads, HEAD_WIDTH))
+        return neighbourhood_attention(q.view_as(k) if rows is None else q, k, v, rows).reshape(len(q), -1)
+
+    def attended(self, e, k, v, m, rows, grid):
+        """The block after its attention: e (N, R, D) of the cells `rows` (None: all), k, v (N, H·W, D) -> (N, R, D)."""
+        attention = self.transformer.layers[0][0].fn
+        (q,) = self.project(e, m, "q")
+        return torch.addcmul(e, m.gate1, attention.to_out(self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)))
+
+    def mlp(self, z, m, known=None):
+        """The MLP of the block on what it attended to: (N, R, D) -> (N, R, D)."""
+        mlp = self.transformer.layers[0][1]
+        return mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), known)
+
+    def update(self, z, mlp, m):
+        """Both -> the update of the state, (N, R, S)."""
+        z = torch.addcmul(z, m.gate2, mlp)
         normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)
         return self.final_layer.linear(modulate(normed, m.shift3, m.scale3))
 
-    # The engines: base (N, L, D), rows (N, L, S), fire (steps, N, L) -> rows (N, L, S).
-
-    def _dense(self, base, rows, m, fire, grid):
-        for fires in fire.to(rows.device):
-            e = self._embed(base, rows)
-            q, k, v = self._project(e, m, slice(0, 3))
-            update = self._update(e, self._attend(q, k, v, grid), m)
-            rows = rows + fires[..., None] * update
-        return rows
-
-    def _asynchronous(self, base, rows, m, fire, grid):
-        n, cells, width = base.shape
-        put = torch.Tensor.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_
-        flat = rows.reshape(n * cells, -1)
-        base_flat = base.reshape(n * cells, width)
-        e = k = v = moved = None
-        for index, fires in firing_rows(fire, base.device):
-            if e is None:  # the first step: every cell is new
-                e = self._embed(base, rows)
-                k, v = (t.reshape(n * cells, width) for t in self._project(e, m, slice(1, 3)))
-                e = e.reshape(n * cells, width)
-            elif moved is not None:
-                e_moved = self._embed(base_flat[moved].view(n, -1, width), flat[moved].view(n, -1, flat.shape[1]))
-                k_moved, v_moved = self._project(e_moved, m, slice(1, 3))
-                e = put(e, 0, moved, e_moved.flatten(0, 1))
-                k, v = put(k, 0, moved, k_moved.flatten(0, 1)), put(v, 0, moved, v_moved.flatten(0, 1))
-            moved = index
-            if index is None:  # nobody fires
-                continue
-            e_firing = e[index].view(n, -1, width)
-            (q_firing,) = self._project(e_firing, m, slice(0, 1))
-            q = torch.zeros_like(k).index_copy(0, index, q_firing.flatten(0, 1))
-            attended = self._attend(*(t.view(n, cells, width) for t in (q, k, v)), grid).reshape(n * cells, width)
-            update = self._update(e_firing, attended[index].view(n, -1, width), m)
-            moving = flat[index] + (fires * update).flatten(0, 1)
-            flat = flat.index_copy(0, index, moving.to(flat.dtype))
-        return flat.view(n, cells, -1)
-
-
-def firing_rows(fire, device):
-    """fire (steps, N, L) bool -> for each step (index (N·R,), fires (N, R, 1)), or (None, None) where nobody fires.
-
-    R is the largest number of firing cells of any image at that step. `index` counts the cells of the whole batch;
-    an image with fewer firing cells is filled up with cells that do not fire, where `fires` is 0. So every image
-    has the same number of rows, and what is per image (the modulation) needs no copies.
-    """
-    fire = fire.cpu()  # the sizes must be known on the host
-    first_cell = torch.arange(fire.shape[1])[:, None] * fire.shape[2]
-    for fires in fire:
-        most = int(fires.sum(1).max()) if fires.numel() else 0
-        if most == 0:
-            yield None, None
-            continue
-        chosen = fires.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (N, R), firing cells first
-        index = (chosen + first_cell).flatten()
-        yield index.to(device), fires.gather(1, chosen)[..., None].to(device)
+    def step_update(self, e, k, v, m, rows, grid):
+        """All of it: e (N, R, D), k, v (N, H·W, D) -> the update of the state of the cells `rows`, (N, R, S)."""
+        z = self.attended(e, k, v, m, rows, grid)
+        return self.update(z, self.mlp(z, m), m)

@@ -24,7 +24,8 @@ class Prediction:
 class GaussianDiffusion:
     """Tables (float64, one entry per visited step) and the formulas that use them.
 
-    Index i counts the visited steps; `timestep_map[i]` is the original step that the model is told.
+    Index i counts the visited steps; `timestep_map[i]` is the original step that the model is told. Indices (N,) are
+    best kept on the CPU, where the tables are: looking up an index that lies on a GPU makes the host wait for it.
     """
 
     def __init__(self, betas, timestep_map):
@@ -44,12 +45,12 @@ class GaussianDiffusion:
     @staticmethod
     def at(table, i, like):
         """Entries i (N,) of a table as float32 (N, 1, 1, 1) on the device of `like`; looked up in float64."""
-        values = torch.as_tensor(np.asarray(table))[i.cpu()]
-        return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
+        values = torch.as_tensor(np.asarray(table))[i.cpu()].float()
+        return values.to(like.device, non_blocking=True).view(-1, 1, 1, 1)
 
-    def original(self, i):
-        """The step (N,) in 0..999 that the model sees at index i (N,)."""
-        return torch.as_tensor(self.timestep_map)[i.cpu()].to(i.device)
+    def original(self, i, device=None):
+        """The step (N,) in 0..999 that the model sees at index i (N,), on `device` (default: that of i)."""
+        return torch.as_tensor(self.timestep_map)[i.cpu()].to(device or i.device, non_blocking=True)
 
     # q: from x_0 towards noise
 
@@ -97,7 +98,7 @@ class GaussianDiffusion:
         trains the variance alone.
         """
         x = self.q_sample(x_start, t, noise)
-        out = denoise(x, self.original(t)).float()
+        out = denoise(x, self.original(t, x.device)).float()
         eps, v = out.chunk(2, dim=1)
         mse = (noise - eps).square().mean((1, 2, 3))
         vb = self.variational_bound(torch.cat([eps.detach(), v], 1), x_start, x, t)
@@ -109,7 +110,7 @@ class GaussianDiffusion:
         p = self.p_mean_variance(model_output, x, i)
         kl = gaussian_kl(true_mean, true_log_variance, p.mean, p.log_variance).mean((1, 2, 3)) / math.log(2)
         nll = -discretised_log_likelihood(x_start, p.mean, 0.5 * p.log_variance).mean((1, 2, 3)) / math.log(2)
-        return torch.where(i == 0, nll, kl)
+        return torch.where((i == 0).to(kl.device, non_blocking=True), nll, kl)
 
 
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2):

@@ -20,7 +20,7 @@ class ImageNoise:
 
     def __call__(self, shape):
         """(C, H, W) -> (N, C, H, W)."""
-        return per_image(torch.randn, tuple(shape), self.generators).to(self.device)
+        return per_image(torch.randn, tuple(shape), self.generators).to(self.device, non_blocking=True)
 
 
 class GuidedDenoiser:
@@ -56,53 +56,48 @@ class GuidedDenoiser:
         return torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1), state
 
     def _living_state(self, x, state):
-        seed = self.model.draw_seed(len(x), self.generators).to(x.device)  # always: later draws must not move
+        seed = self.model.draw_seed(len(x), self.generators)  # whether it is used or not: later draws must not move
+        seed = seed.to(x.device, non_blocking=True)
         if state is None:
             return self.model.initial_state(*x.shape[:1], *x.shape[2:], seed)
         return state if self.inherits_whole else self.model.inherit(state, seed)
 
 
-def indices(diffusion, x):
-    """The visited steps from the noisiest to 0, each as (N,) on the device of x."""
-    for i in reversed(range(diffusion.num_timesteps)):
-        yield torch.full((len(x),), i, device=x.device)
-
-
 @torch.no_grad()
-def p_sample_loop(diffusion, denoise, x, noise, on_step=None, regrid=None):
-    """Ancestral sampling (DDPM alg. 2 with the learned variance): x_T (N, C, H, W) -> x_0."""
+def sample_loop(step, diffusion, denoise, x, noise, on_step=None, regrid=None):
+    """Visit all steps from the noisiest to 0, each by `step(p, x, i, noise)`: x_T (N, C, H, W) -> x_0."""
     state = None
-    for i in indices(diffusion, x):
-        t = diffusion.original(i)
+    for k in reversed(range(diffusion.num_timesteps)):
+        i = torch.full((len(x),), k)  # on the CPU: a GPU works on while the host looks things up
         if regrid:
-            x, state = regrid(x, state, int(t[0]))
-        out, state = denoise(x, t, state)
+            x, state = regrid(x, state, int(diffusion.timestep_map[k]))
+        out, state = denoise(x, diffusion.original(i, x.device), state)
         p = diffusion.p_mean_variance(out, x, i)
-        x = p_sample(p, i, noise(x.shape[1:]))
+        x = step(p, x, i, noise(x.shape[1:]))
         if on_step:
             on_step(i, p)
     return x
+
+
+def p_sample_loop(diffusion, denoise, x, noise, on_step=None, regrid=None):
+    """Ancestral sampling (DDPM alg. 2 with the learned variance): x_T (N, C, H, W) -> x_0."""
+    return sample_loop(lambda p, x, i, noise: p_sample(p, i, noise), diffusion, denoise, x, noise, on_step, regrid)
 
 
 def p_sample(p, i, noise):
     """Draw x_{i-1} from a Prediction; at i = 0 its mean."""
-    return p.mean + (i != 0).view(-1, 1, 1, 1) * torch.exp(0.5 * p.log_variance) * noise
+    return p.mean + unless_last(i, noise) * torch.exp(0.5 * p.log_variance)
 
 
-@torch.no_grad()
+def unless_last(i, noise):
+    """The noise of a step, which is not added at i = 0."""
+    return noise * (i != 0).view(-1, 1, 1, 1).to(noise.device, non_blocking=True)
+
+
 def ddim_sample_loop(diffusion, denoise, x, noise, eta=0.0, on_step=None, regrid=None):
     """DDIM: deterministic at eta = 0, as noisy as DDPM at eta = 1: x_T (N, C, H, W) -> x_0."""
-    state = None
-    for i in indices(diffusion, x):
-        t = diffusion.original(i)
-        if regrid:
-            x, state = regrid(x, state, int(t[0]))
-        out, state = denoise(x, t, state)
-        p = diffusion.p_mean_variance(out, x, i)
-        x = ddim_sample(diffusion, p, x, i, noise(x.shape[1:]), eta)
-        if on_step:
-            on_step(i, p)
-    return x
+    return sample_loop(lambda p, x, i, noise: ddim_sample(diffusion, p, x, i, noise, eta), diffusion, denoise, x,
+                       noise, on_step, regrid)
 
 
 def ddim_sample(diffusion, p, x, i, noise, eta=0.0):
@@ -111,4 +106,4 @@ def ddim_sample(diffusion, p, x, i, noise, eta=0.0):
     sigma = diffusion.at(eta * np.sqrt((1 - there) / (1 - here) * (1 - here / there)), i, x)
     previous = diffusion.at(there, i, x)
     direction = torch.sqrt(1 - previous - sigma**2) * diffusion.predict_eps(x, i, p.pred_xstart)
-    return torch.sqrt(previous) * p.pred_xstart + direction + (i != 0).view(-1, 1, 1, 1) * sigma * noise
+    return torch.sqrt(previous) * p.pred_xstart + direction + unless_last(i, noise) * sigma

@@ -1,4 +1,4 @@
-"""`--as-released` and the options it is made of: each changes what it says, and nothing else."""
+"""What a training step draws; `--as-released` and the options it is made of: each changes what it says, no more."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +59,22 @@ def drawn(run, step):
     run.step = step
     (samples,) = run.draw([(0, 2), (1, 5)])
     return [torch.stack([torch.as_tensor(sample[i]) for sample in samples]) for i in range(4)]
+
+
+def test_label_entries_are_dropped_one_by_one():
+    run = training()
+    labels = torch.cat([drawn(run, step)[2] for step in range(1000)])  # (2000, 3), all of them asked for
+    missing, error = (labels == 0).float(), 5 * (0.09 / 2000) ** 0.5
+    assert ((missing.mean(0) - 0.1).abs() < error).all()
+    together = (missing[:, :1] * missing[:, 1:]).mean(0)
+    assert ((together - 0.01).abs() < 5 * (0.01 / 2000) ** 0.5).all()
+
+
+def test_every_step_of_the_diffusion_is_trained():
+    run = training()
+    steps = torch.cat([drawn(run, step)[1] for step in range(2000)]).double()
+    assert steps.min() >= 0 and steps.min() < 5 and 994 < steps.max() <= 999
+    assert abs(steps.mean() - 499.5) < 5 * 288.7 / len(steps) ** 0.5
 
 
 def test_frozen_latents_are_one_draw_and_one_mirror_per_image():
