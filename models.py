@@ -212,6 +212,10 @@ class DiT(nn.Module):
         zero(*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
              self.final_layer.linear)
 
+    def compile_parts(self):
+        """Fuse kernels with torch.compile."""
+        self.forward = torch.compile(self.forward)
+
     @staticmethod
     def sizes(shapes):
         """What to build a DiT with so that weights of these shapes fit; None if they are another model's."""

@@ -133,6 +133,11 @@ class LocalRule(nn.Module):
         self.final_layer = FinalLayer(width, state_channels)
         self.checkpoint_steps = True  # in training, compute each step again in backward instead of keeping it
 
+    def compile_parts(self):
+        """Fuse the kernels of each part with torch.compile; for any number of cells, so that it happens once."""
+        for name in ("tables", "mlp", "update"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+
     def step_parameters(self):
         """The parameters that a step uses, once for all steps."""
         return [self.cell_to_embedding.weight, *self.transformer.layers.parameters(),

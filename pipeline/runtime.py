@@ -10,17 +10,26 @@ from accelerate import PartialState
 
 from pipeline.cli import UserError
 
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
-def start(tf32=False):
+
+def start(precision="fp32"):
     """Join the process group that `torchrun` or `accelerate launch` describes; alone, be a group of one.
 
-    TF32 is off unless asked for: it changes numbers.
+    TensorFloat-32 is off at `fp32`: it changes numbers.
     Returns accelerate's PartialState (`process_index`, `num_processes`, `device`, `wait_for_everyone`):
     CUDA with nccl where there is a GPU, else CPU with gloo.
     """
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    return PartialState(cpu=not torch.cuda.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if precision == "fp16" and state.device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; give bf16 or fp32")
+    return state
+
+
+def autocast(precision, device):
+    """A context in which matrix products are in half precision, if `precision` is bf16 or fp16."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=PRECISIONS[precision] is not None)
 
 
 def alone(script):

@@ -4,7 +4,9 @@ Image number k is a function of (checkpoint, seed, labels, k): every draw comes 
 number, so it is the same on any number of processes and at any batch size.
 """
 
+import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -35,13 +37,17 @@ def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, dev
     return samplers.p_sample_loop(diffusion, denoise, x, samplers.ImageNoise(noise, device), on_step, regrid)
 
 
-def sample_images(model, codec, labels, ids, *, steps, batch_size, progress=None, **options):
-    """Yield (ids, uint8 images (n, H, W, 3)) batch by batch. `options` as in `sample_latents`."""
+def sample_images(model, codec, labels, ids, *, steps, batch_size, precision="fp32", progress=None, **options):
+    """Yield (ids, uint8 images (n, H, W, 3)) batch by batch. `options` as in `sample_latents`.
+
+    `precision` is that of the denoiser; the diffusion and the decoder compute in float32.
+    """
     diffusion = create_diffusion(str(steps))
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         on_step = (lambda i, p: progress.update(len(i))) if progress is not None else None
-        latents = sample_latents(model, diffusion, labels[part], ids[part], on_step=on_step, **options)
+        with runtime.autocast(precision, options["device"]):
+            latents = sample_latents(model, diffusion, labels[part], ids[part], on_step=on_step, **options)
         yield ids[part], codec.decode(latents).cpu().numpy()
 
 
@@ -74,7 +80,12 @@ def add_flags(p, default_data_path):
     p.add_argument("--per-proc-batch-size", type=integer(1), default=32, help="images per process and batch")
     add_state_flag(p)
     p.add_argument("--global-seed", type=integer(0), default=0, help="seed; image k depends on it and on k")
-    p.add_argument("--tf32", action="store_true", help="TensorFloat-32 matrix products (CUDA; faster, less exact)")
+    p.add_argument("--precision", choices=runtime.PRECISIONS, default="fp32",
+                   help="of the denoiser's matrix products; fp16 needs a GPU")
+    p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", default=argparse.SUPPRESS,
+                   help="published spelling of --precision tf32")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="compile the denoiser first (torch.compile: a minute at the start, fewer kernels after)")
 
 
 def parser(description, data_help):
@@ -98,10 +109,12 @@ def run(args, labels_of, folder_name, csv_name):
         raise UserError(f"{args.data_path}: labels {' '.join(label_names)}, but {args.ckpt} was trained on "
                         f"{' '.join(checkpoint['label_names'])}")
     labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
-    process = runtime.start(tf32=args.tf32)
+    process = runtime.start(args.precision)
     codec = open_trained_codec(args, checkpoint, process.device)
     folder = args.sample_dir / sample_folder(args, trained)
     model = checkpoints.build(checkpoint, args.weights).to(process.device)
+    if args.compile:
+        model.compile_parts()
     label_file = folder / f"{csv_name}_{args.fold}.npy"
     claim(folder, settings(args, checkpoint, model), label_file, labels.numpy().astype(int), process)
     if process.is_main_process:
@@ -114,7 +127,7 @@ def run(args, labels_of, folder_name, csv_name):
     options = {"steps": args.num_sampling_steps, "batch_size": args.per_proc_batch_size,
                "cells": cells_per_side(trained["image_size"], codec), "cfg_scale": args.cfg_scale,
                "seed": args.global_seed, "device": process.device, "multi_scale": trained["multi_scale"],
-               "unguided_state": args.unguided_state}
+               "unguided_state": args.unguided_state, "precision": args.precision}
     write_missing(model, codec, labels, folder / folder_name, process, options)
     process.wait_for_everyone()
     if process.is_main_process:
@@ -153,12 +166,19 @@ def write_missing(model, codec, labels, images, process, options):
     images.mkdir(parents=True, exist_ok=True)
     wanted = range(process.process_index, len(labels), process.num_processes)
     ids = [i for i in wanted if not (images / f"{i:06d}.png").is_file()]
-    with tqdm(total=len(ids) * options["steps"], unit="image-step", mininterval=2,
-              disable=not process.is_main_process) as bar:
+    with (tqdm(total=len(ids) * options["steps"], unit="image-step", mininterval=2,
+               disable=not process.is_main_process) as bar, ThreadPoolExecutor(2) as pool):
+        written = []
         for numbers, pictures in sample_images(model, codec, labels[ids], ids, progress=bar, **options):
-            for i, picture in zip(numbers, pictures, strict=True):
-                write_atomically(images / f"{i:06d}.png",
-                                 lambda path, p=picture: Image.fromarray(p).save(path, format="PNG"))
+            written += [pool.submit(write_image, images / f"{i:06d}.png", picture)
+                        for i, picture in zip(numbers, pictures, strict=True)]
+        for image in written:
+            image.result()  # raises what went wrong
+
+
+def write_image(path, picture):
+    """A uint8 (H, W, 3) array as a PNG file, written whole."""
+    write_atomically(path, lambda temporary: Image.fromarray(picture).save(temporary, format="PNG"))
 
 
 def sample_folder(args, trained):
@@ -170,8 +190,8 @@ def sample_folder(args, trained):
 
 def settings(args, checkpoint, model):
     """What the pixels of a sample folder depend on, beyond its name and the labels."""
-    return {"weights": args.weights, "step": checkpoint["step"], "vae": checkpoint["codec"],
-            "run": checkpoint["run"], "label_names": checkpoint["label_names"],
+    return {"weights": args.weights, "precision": args.precision, "step": checkpoint["step"],
+            "vae": checkpoint["codec"], "run": checkpoint["run"], "label_names": checkpoint["label_names"],
             "unguided_state": args.unguided_state if args.cfg_scale == 1 else "hidden",
             "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
 

@@ -23,6 +23,9 @@ NAMED = {  # --vae NAME -> where diffusers finds it
 }
 
 
+DECODED = 16  # images that are decoded together
+
+
 def to_model_range(images):
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -55,8 +58,8 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Scaled latents (N, C, h, w) -> uint8 (N, h·f, w·f, 3)."""
-        return to_pixels(self.vae.decode(latents / self.scale).sample)
+        """Scaled latents (N, C, h, w) -> uint8 (N, h·f, w·f, 3); a few at a time, as a decoder needs much memory."""
+        return torch.cat([to_pixels(self.vae.decode(part / self.scale).sample) for part in latents.split(DECODED)])
 
 
 class PixelCodec:

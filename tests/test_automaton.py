@@ -129,6 +129,39 @@ def test_engines_agree_in_results_and_all_gradients(rate, grid, n):
             assert largest_relative(found, expected) < 1e-5, (engine, again, name)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_half_precision_in_training(again):
+    """Under autocast the recomputed steps are in half precision too, and their gradients near the exact ones."""
+    model = small_geca()
+    exact = call(model, "dense", 0.5, (6, 7), 2, again=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(model, "asynchronous", 0.5, (6, 7), 2, again)
+    for name, expected in exact.items():
+        error = (found[name].double() - expected).norm() / expected.norm()
+        assert 0 < error < 0.03, (name, error.item())
+
+
+def test_training_keeps_little():
+    """What is kept for backward: per firing cell and step its old state, key, value and MLP; not the activations."""
+    model, (x, t, y) = MODELS["GeCA-XS"](num_classes=3), inputs(2, 16, 16, channels=4)
+    kept = {}
+
+    def remember(tensor):
+        kept[tensor.data_ptr(), tensor.numel()] = tensor.numel()
+        return tensor
+
+    def numbers(again):
+        model.checkpoint_steps = again
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+            model(x, t, y, None, generators(2))
+        return sum(kept.values()) - sum(p.numel() for p in model.parameters())
+
+    cells, firing = 2 * 256, 12 * 2 * 256 * 0.55
+    assert numbers(True) < firing * (40 + 3 * 384) + cells * 6 * 384
+    assert numbers(False) > 3 * numbers(True)
+
+
 @pytest.mark.parametrize("grid", [(6, 5), (1, 1)])
 def test_engines_agree_without_gradients_and_leave_the_state_alone(grid):
     """Without gradients the caches are written in place; the caller's state must not be."""

@@ -285,11 +285,41 @@ def test_a_checkpoint_of_the_published_layout_gives_the_same_images(trained, tin
             "--vae ema")
 
 
+def test_half_precision_samples_nearly_the_same_images(trained, tmp_path):
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "fp32"))
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "bf16", "--precision", "bf16"))
+    exact, half = (pictures(tmp_path / name / NAME / "gen_samples_val") for name in ("fp32", "bf16"))
+    differences = np.concatenate([abs(exact[k] - half[k]).ravel() for k in exact])
+    assert 0 < differences.mean() < 1 and exact.keys() == half.keys()
+    refused(sample("sample_ddp_val.py", trained, tmp_path / "fp32", "--precision", "bf16"), "precision fp32, now bf16")
+    if not torch.cuda.is_available():
+        refused(sample("sample_ddp_val.py", trained, tmp_path / "no", "--precision", "fp16"), "needs a GPU")
+
+
+def test_a_compiled_denoiser_makes_the_same_images(trained, tmp_path, monkeypatch):
+    """Captured but not turned into code, for which not every machine has a compiler."""
+    compiled, compile_function = [], torch.compile
+
+    def capture(function, **options):
+        compiled.append(function.__name__)
+        return compile_function(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", capture)
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "a"))
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "b", "--compile"))
+    a, b = (pictures(tmp_path / name / NAME / "gen_samples_val") for name in "ab")
+    assert compiled == ["tables", "mlp", "update"] and a.keys() == b.keys()
+    assert all(abs(a[k] - b[k]).max() <= 1 for k in a)
+
+
 def test_dit_trains_and_samples_by_the_same_commands(store, tiny_vae, tmp_path):
     succeeded(train(store, tiny_vae, "dit", "--model", "DiT-S", "--epochs", 1))
     (run,) = (store / "dit").iterdir()
     assert run.name == "000-DiT-S-0" and np.isfinite(list(metrics(run, "loss").values())).all()
     succeeded(sample("sample_ddp_val.py", run, tmp_path, "--model", "DiT-S/2"))
+    again = store / "dit_again"
+    succeeded(train(store, tiny_vae, "dit_again", "--model", "DiT-S", "--epochs", 1, "--checkpoint-steps"))
+    assert metrics(next(again.iterdir()), "loss") == pytest.approx(metrics(run, "loss"), rel=1e-5)
     assert (tmp_path / NAME.replace("GeCA-XS", "DiT-S")).is_dir()
     refused(train(store, tiny_vae, "no", "--model", "DiT-S", "--multi_scale"), "--multi-scale", "DiT-S")
     refused(train(store, tiny_vae, "no", "--model", "DiT-S/8"), "--model DiT-S/8", "multiple of the patch size 8")

@@ -36,7 +36,8 @@ PUBLISHED = [  # the published README, verbatim
 # Further published flags. Where ours differ: `--num-classes` and `--in-channels` are read from the data, the VAE or
 # the checkpoint if they are not given; `--gg-extractor` parses and then says that there is no GG yet.
 SAMPLER = ("--ckpt C --data-path D", "--num-classes 11 --global-seed 3 --tf32 --image_space --in_channels 4",
-           {"cfg_scale": 1.5, "num_sampling_steps": 250, "per_proc_batch_size": 32, "global_seed": 0, "tf32": False})
+           {"cfg_scale": 1.5, "num_sampling_steps": 250, "per_proc_batch_size": 32, "global_seed": 0,
+            "precision": "fp32"})
 FURTHER = [
     ("extract_features", "--data-path D --features-path F",
      "--image-size 512 --num-classes 11 --global-seed 3 --vae mse --num-workers 2",
@@ -130,6 +131,7 @@ def test_further_published_flags_and_defaults(script, required, more, defaults):
     assert {name: bare[name] for name in defaults} == defaults
     for flag in re.findall(r"--([\w-]+)", more):
         name = flag.replace("-", "_")
+        name = {"tf32": "precision"}.get(name, name)
         assert name == "in_channels" or given[name] != bare[name] or given[name] == 11
 
 
