@@ -12,6 +12,7 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -129,6 +130,16 @@ class GeCA(LocalRule):
         return torch.cat([fresh[:, : self.out_channels], state[:, self.out_channels:]], 1)
 
 
+class Memoryless(nn.Module):
+    """What the baselines have in common: a fixed grid, no state, and one call that is compiled as a whole."""
+
+    any_grid = False
+
+    def compile_parts(self):
+        """Fuse kernels with torch.compile."""
+        self.forward = torch.compile(self.forward)
+
+
 class DiTAttention(nn.Module):
     """Self-attention over all tokens, with biases; weight names of the published DiT."""
 
@@ -177,14 +188,12 @@ class DiTFinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Memoryless):
     """Diffusion transformer (Peebles & Xie, ICCV 2023), the paper's baseline, with GeCA's label embedder.
 
-    Sees the latent as `patch` × `patch` tiles. Remembers nothing and draws nothing: `state` and `generator` are
-    there because every denoiser is called alike.
+    Sees the latent as `patch` × `patch` tiles. It draws nothing: `state` and `generator` are there because every
+    denoiser is called alike.
     """
-
-    any_grid = False  # its position table is that of one grid
 
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, depth, heads, patch):
         super().__init__()
@@ -211,10 +220,6 @@ class DiT(nn.Module):
         normal_time_embedder(self.t_embedder)
         zero(*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
              self.final_layer.linear)
-
-    def compile_parts(self):
-        """Fuse kernels with torch.compile."""
-        self.forward = torch.compile(self.forward)
 
     @staticmethod
     def sizes(shapes):
@@ -250,6 +255,40 @@ def position_table(side, width):
     return torch.cat([column, row], -1).flatten(0, 1).float()
 
 
+class LDM(Memoryless):
+    """A latent-diffusion UNet (Rombach et al., CVPR 2022), the paper's other baseline, on diffusers' UNet2DModel.
+
+    The label embedding is added to the time embedding. What of it is a choice, and why, is in docs/FIDELITY.md: the
+    paper gives 17.3 M parameters and no more.
+    """
+
+    def __init__(self, input_size=32, num_classes=11, in_channels=4, *, widths, layers, attention):
+        super().__init__()
+        if input_size % 2 ** (len(widths) - 1):
+            raise ValueError(f"input_size {input_size}: expected a multiple of {2 ** (len(widths) - 1)}")
+        self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
+        self.out_channels = 2 * in_channels
+        self.y_embedder = LabelEmbedder(num_classes, 4 * widths[0])
+        self.unet = UNet2DModel(
+            in_channels=in_channels, out_channels=self.out_channels, block_out_channels=widths,
+            layers_per_block=layers, class_embed_type="identity", attention_head_dim=32,
+            down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+            up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)])
+        self.unet.conv_out.weight.data.zero_()  # predicts nothing at first, as the other models do
+        self.unet.conv_out.bias.data.zero_()
+
+    @staticmethod
+    def sizes(shapes):
+        """What to build an LDM with so that weights of these shapes fit; None if they are another model's."""
+        if "unet.conv_in.weight" not in shapes:
+            return None
+        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1],
+                "in_channels": shapes["unet.conv_in.weight"][1]}
+
+    def forward(self, x, t, y, state=None, generator=None):
+        return self.unet(x, t, class_labels=self.y_embedder(y)).sample, None
+
+
 def xavier_uniform(model):
     """Xavier-uniform linears with zero biases."""
     for module in model.modules():
@@ -281,3 +320,5 @@ for size, (width, depth, heads) in {"S": (384, 12, 6), "B": (768, 12, 12), "L": 
     for patch in (2, 4, 8):
         MODELS[f"DiT-{size}/{patch}"] = partial(DiT, width=width, depth=depth, heads=heads, patch=patch)
     MODELS[f"DiT-{size}"] = MODELS[f"DiT-{size}/2"]
+# Never published: 17.2 M parameters by widths, residual blocks and attention of the smaller two of its three grids.
+MODELS["LDM-B"] = partial(LDM, widths=(128, 192, 192), layers=2, attention=(False, True, True))

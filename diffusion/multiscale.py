@@ -15,13 +15,16 @@ def shrink(x, t):
     return x if factor == 1 else F.avg_pool2d(x, factor)
 
 
-def enlarge(x, state, t, side):
-    """x (N, C, h, w) and state (N, S, h, w) or None, upsampled bilinearly to the grid of step t; `side` at t = 0."""
+def enlarge(x, states, t, side):
+    """x (N, C, h, w) and states upsampled bilinearly to the grid of step t; `side` at t = 0.
+
+    states: None, or those of the guidance halves, each (N, S, h, w) or None.
+    """
     wanted = side // reduction(t)
     if x.shape[-1] == wanted:
-        return x, state
+        return x, states
 
     def upsample(cells):
         return F.interpolate(cells, size=(wanted, wanted), mode="bilinear", align_corners=False)
 
-    return upsample(x), None if state is None else upsample(state)
+    return upsample(x), states and tuple(None if state is None else upsample(state) for state in states)

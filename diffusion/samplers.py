@@ -33,34 +33,49 @@ class GuidedDenoiser:
     `unguided_state="whole"` is the published rule where there is no guidance: all channels inherited (`forward`,
     geca.py:486-489, fed with its own state by gaussian_diffusion.py:617-618), so that its scale 1 is not the limit
     of scales above 1.
+
+    `interval` (low, high): the original steps t, ends included, at which there is guidance (Kynkäänniemi et al. 2024).
+    At others only the labelled half is computed, and the null half keeps the state it has.
     """
 
-    def __init__(self, model, y, scale, generators, unguided_state="hidden"):
-        self.model, self.scale = model, scale
+    def __init__(self, model, y, scale, generators, unguided_state="hidden", interval=None):
+        self.model, self.y, self.scale, self.generators, self.interval = model, y, scale, generators, interval
         self.inherits_whole = scale == 1 and unguided_state == "whole"
-        if scale == 1:
-            self.y, self.generators = y, list(generators[0])
-        else:
-            self.y, self.generators = torch.cat([y, torch.zeros_like(y)]), [*generators[0], *generators[1]]
 
     def __call__(self, x, t, state):
-        """x (N, C, H, W), t (N,), state (N or 2N, S, H, W) or None -> out (N, 2C, H, W), state."""
-        repeats = len(self.y) // len(x)
-        x, t = x.repeat(repeats, 1, 1, 1), t.repeat(repeats)
-        if hasattr(self.model, "inherit"):
-            state = self._living_state(x, state)
-        out, state = self.model(x, t, self.y, state, self.generators)
-        if repeats == 1:
-            return out, state
+        """x (N, C, H, W), t (N,), state of both halves (a pair, each (N, S, H, W) or None) or None -> out, state."""
+        n, (state, null_state) = len(x), state or (None, None)
+        generators, null_generators = map(list, self.generators)
+        if not self.guides(t):
+            out, state = self.call(x, t, self.y, [state], generators)
+            return out, (state, null_state)
+        out, after = self.call(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([self.y, torch.zeros_like(self.y)]),
+                               [state, null_state], generators + null_generators)
         (eps, variance), (eps_null, _) = (half.chunk(2, dim=1) for half in out.chunk(2))
-        return torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1), state
+        guided = torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1)
+        return guided, (None, None) if after is None else (after[:n], after[n:])
 
-    def _living_state(self, x, state):
-        seed = self.model.draw_seed(len(x), self.generators)  # whether it is used or not: later draws must not move
-        seed = seed.to(x.device, non_blocking=True)
-        if state is None:
-            return self.model.initial_state(*x.shape[:1], *x.shape[2:], seed)
-        return state if self.inherits_whole else self.model.inherit(state, seed)
+    def guides(self, t):
+        """Is there guidance at this step (the same for all images)?"""
+        if self.scale == 1 or self.interval is None:
+            return self.scale != 1
+        return self.interval[0] <= int(t[0]) <= self.interval[1]
+
+    def call(self, x, t, y, states, generators):
+        """The model on one half or two; `states` are what each half left."""
+        state = self.living_state(x, states, generators) if hasattr(self.model, "inherit") else None
+        return self.model(x, t, y, state, generators)
+
+    def living_state(self, x, states, generators):
+        """What each half inherits, or a single living cell where it has not lived before."""
+        seeds = self.model.draw_seed(len(x), generators)  # whether they are used or not: later draws must not move
+        halves = []
+        for state, seed in zip(states, seeds.to(x.device, non_blocking=True).chunk(len(states)), strict=True):
+            if state is None:
+                halves.append(self.model.initial_state(len(seed), *x.shape[2:], seed))
+            else:
+                halves.append(state if self.inherits_whole else self.model.inherit(state, seed))
+        return torch.cat(halves)
 
 
 @torch.no_grad()
@@ -79,8 +94,8 @@ def sample_loop(step, diffusion, denoise, x, noise, on_step=None, regrid=None):
     return x
 
 
-def p_sample_loop(diffusion, denoise, x, noise, on_step=None, regrid=None):
-    """Ancestral sampling (DDPM alg. 2 with the learned variance): x_T (N, C, H, W) -> x_0."""
+def p_sample_loop(diffusion, denoise, x, noise, eta=0.0, on_step=None, regrid=None):
+    """Ancestral sampling (DDPM alg. 2, learned variance): x_T (N, C, H, W) -> x_0. `eta` is DDIM's alone."""
     return sample_loop(lambda p, x, i, noise: p_sample(p, i, noise), diffusion, denoise, x, noise, on_step, regrid)
 
 
@@ -107,3 +122,35 @@ def ddim_sample(diffusion, p, x, i, noise, eta=0.0):
     previous = diffusion.at(there, i, x)
     direction = torch.sqrt(1 - previous - sigma**2) * diffusion.predict_eps(x, i, p.pred_xstart)
     return torch.sqrt(previous) * p.pred_xstart + direction + unless_last(i, noise) * sigma
+
+
+def dpmpp_sample_loop(diffusion, denoise, x, noise, eta=0.0, on_step=None, regrid=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2): deterministic, of second order: x_T (N, C, H, W) -> x_0."""
+    return sample_loop(MultistepSolver(diffusion), diffusion, denoise, x, noise, on_step, regrid)
+
+
+class MultistepSolver:
+    """The step of DPM-Solver++(2M): x_0 is extrapolated from its last two predictions, in λ = log(√ᾱ / √(1 − ᾱ)).
+
+    The first step, the last (where λ is infinite) and one onto another grid are of first order: DDIM's.
+    """
+
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+        here, there = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
+        with np.errstate(divide="ignore"):
+            self.h = (np.log(there / (1 - there)) - np.log(here / (1 - here))) / 2  # how far each step goes in λ
+        self.before = None  # x_0 as predicted at the step before, and how far that step went
+
+    def __call__(self, p, x, i, noise):
+        k, xstart = int(i[0]), p.pred_xstart
+        estimate = xstart
+        if self.before is not None and self.before[0].shape == xstart.shape and np.isfinite(self.h[k]):
+            earlier, h = self.before
+            estimate = xstart + self.h[k] / (2 * h) * (xstart - earlier)
+        self.before = xstart, self.h[k]
+        here, there = self.diffusion.alphas_cumprod[k], self.diffusion.alphas_cumprod_prev[k]
+        return ((1 - there) / (1 - here)) ** 0.5 * x - there**0.5 * np.expm1(-self.h[k]) * estimate
+
+
+SAMPLERS = {"ddpm": p_sample_loop, "ddim": ddim_sample_loop, "dpmpp": dpmpp_sample_loop}  # --sampler

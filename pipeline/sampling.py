@@ -26,15 +26,16 @@ from pipeline.vae import cells_per_side, open_codec, same_weights, weights_hash
 
 @torch.no_grad()
 def sample_latents(model, diffusion, labels, ids, *, cells, cfg_scale, seed, device, multi_scale=False,
-                   unguided_state="hidden", on_step=None):
-    """Guided ancestral sampling: labels (N, K), ids = the N image numbers -> latents (N, C, cells, cells)."""
+                   unguided_state="hidden", cfg_interval=None, sampler="ddpm", eta=0.0, on_step=None):
+    """Guided sampling: labels (N, K), ids = the N image numbers -> latents (N, C, cells, cells)."""
     noise = [generator(seed, "noise", i) for i in ids]
     cells_of_half = [[generator(seed, half, i) for i in ids] for half in ("cells", "null cells")]
-    denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half, unguided_state)
+    denoise = samplers.GuidedDenoiser(model, labels.to(device), cfg_scale, cells_of_half, unguided_state,
+                                      cfg_interval)
     regrid = partial(multiscale.enlarge, side=cells) if multi_scale else None
     side = cells // multiscale.reduction(int(diffusion.timestep_map[-1])) if multi_scale else cells
     x = per_image(torch.randn, (model.in_channels, side, side), noise).to(device)
-    return samplers.p_sample_loop(diffusion, denoise, x, samplers.ImageNoise(noise, device), on_step, regrid)
+    return samplers.SAMPLERS[sampler](diffusion, denoise, x, samplers.ImageNoise(noise, device), eta, on_step, regrid)
 
 
 def sample_images(model, codec, labels, ids, *, steps, batch_size, precision="fp32", progress=None, **options):
@@ -76,7 +77,11 @@ def add_flags(p, default_data_path):
     p.add_argument("--vae", help="ema, mse, retina or a folder (default: the checkpoint's)")
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
     p.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="denoising steps")
+    p.add_argument("--sampler", choices=samplers.SAMPLERS, default="ddpm", help="ancestral, DDIM or DPM-Solver++(2M)")
+    p.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM: none at 0, that of ddpm at 1")
     p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance; 1 is none")
+    p.add_argument("--cfg-interval", type=integer(0, 999), nargs=2, metavar=("LOW", "HIGH"),
+                   help="diffusion steps between which there is guidance (default: all)")
     p.add_argument("--per-proc-batch-size", type=integer(1), default=32, help="images per process and batch")
     add_state_flag(p)
     p.add_argument("--global-seed", type=integer(0), default=0, help="seed; image k depends on it and on k")
@@ -100,6 +105,7 @@ def run(args, labels_of, folder_name, csv_name):
     `labels_of(args, checkpoint)` -> labels (n, K) and their names. Stopped, the same command continues: images
     that are there are kept, since each is a function of its number and of the settings written beside it.
     """
+    check_flags(args)
     checkpoint = load_matching(args)
     trained = checkpoint["args"]
     labels, label_names = labels_of(args, checkpoint)
@@ -127,13 +133,24 @@ def run(args, labels_of, folder_name, csv_name):
     options = {"steps": args.num_sampling_steps, "batch_size": args.per_proc_batch_size,
                "cells": cells_per_side(trained["image_size"], codec), "cfg_scale": args.cfg_scale,
                "seed": args.global_seed, "device": process.device, "multi_scale": trained["multi_scale"],
-               "unguided_state": args.unguided_state, "precision": args.precision}
+               "unguided_state": args.unguided_state, "precision": args.precision, "sampler": args.sampler,
+               "eta": args.eta, "cfg_interval": args.cfg_interval}
     write_missing(model, codec, labels, folder / folder_name, process, options)
     process.wait_for_everyone()
     if process.is_main_process:
         describe(folder, folder_name, f"{csv_name}_{args.fold}", labels.numpy().astype(int), label_names)
         print(f"{folder}: {len(labels)} images")
     process.wait_for_everyone()
+
+
+def check_flags(args):
+    """Flags that contradict each other."""
+    if args.eta and args.sampler != "ddim":
+        raise UserError(f"--eta {args.eta}: belongs to --sampler ddim, found {args.sampler}; leave it out")
+    if args.cfg_interval and (args.cfg_scale == 1 or args.cfg_interval[0] > args.cfg_interval[1]):
+        found = f"--cfg-interval {args.cfg_interval[0]} {args.cfg_interval[1]}"
+        why = "needs --cfg-scale other than 1" if args.cfg_scale == 1 else "expected LOW not above HIGH"
+        raise UserError(f"{found}: {why}")
 
 
 def load_matching(args):
@@ -182,10 +199,11 @@ def write_image(path, picture):
 
 
 def sample_folder(args, trained):
-    """The published name of a sample folder."""
+    """The published name of a sample folder; other samplers than the published one add theirs."""
+    sampler = {"ddpm": "", "ddim": f"-ddim-eta-{args.eta:g}", "dpmpp": "-dpmpp"}[args.sampler]
     return (f"{trained['model'].replace('/', '-')}-GS-fold-{args.fold}-nstep-{args.num_sampling_steps}-"
             f"{args.ckpt.stem}-size-{trained['image_size']}-vae-{Path(trained['vae']).name}-"
-            f"cfg-{args.cfg_scale}-seed-{args.global_seed}")
+            f"cfg-{args.cfg_scale}-seed-{args.global_seed}{sampler}")
 
 
 def settings(args, checkpoint, model):
@@ -193,6 +211,7 @@ def settings(args, checkpoint, model):
     return {"weights": args.weights, "precision": args.precision, "step": checkpoint["step"],
             "vae": checkpoint["codec"], "run": checkpoint["run"], "label_names": checkpoint["label_names"],
             "unguided_state": args.unguided_state if args.cfg_scale == 1 else "hidden",
+            "cfg_interval": args.cfg_interval,
             "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
 
 

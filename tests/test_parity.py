@@ -38,6 +38,10 @@ def test_parameter_counts_of_the_paper(name, parameters):
     assert sum(p.numel() for p in MODELS[name](num_classes=11).parameters()) == parameters
 
 
+def test_ldm_b_is_as_large_as_the_paper_says():
+    assert sum(p.numel() for p in MODELS["LDM-B"](num_classes=11).parameters()) == pytest.approx(17.3e6, abs=0.1e6)
+
+
 # ---- the automaton, written out
 
 

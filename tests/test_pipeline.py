@@ -312,18 +312,33 @@ def test_a_compiled_denoiser_makes_the_same_images(trained, tmp_path, monkeypatc
     assert all(abs(a[k] - b[k]).max() <= 1 for k in a)
 
 
-def test_dit_trains_and_samples_by_the_same_commands(store, tiny_vae, tmp_path):
-    succeeded(train(store, tiny_vae, "dit", "--model", "DiT-S", "--epochs", 1))
-    (run,) = (store / "dit").iterdir()
-    assert run.name == "000-DiT-S-0" and np.isfinite(list(metrics(run, "loss").values())).all()
-    succeeded(sample("sample_ddp_val.py", run, tmp_path, "--model", "DiT-S/2"))
-    again = store / "dit_again"
-    succeeded(train(store, tiny_vae, "dit_again", "--model", "DiT-S", "--epochs", 1, "--checkpoint-steps"))
-    assert metrics(next(again.iterdir()), "loss") == pytest.approx(metrics(run, "loss"), rel=1e-5)
-    assert (tmp_path / NAME.replace("GeCA-XS", "DiT-S")).is_dir()
-    refused(train(store, tiny_vae, "no", "--model", "DiT-S", "--multi_scale"), "--multi-scale", "DiT-S")
-    refused(train(store, tiny_vae, "no", "--model", "DiT-S/8"), "--model DiT-S/8", "multiple of the patch size 8")
+@pytest.mark.parametrize("model, same", [("DiT-S", "DiT-S/2"), ("LDM-B", "LDM-B")])
+def test_baselines_train_and_sample_by_the_same_commands(store, tiny_vae, tmp_path, model, same):
+    succeeded(train(store, tiny_vae, model, "--model", model, "--epochs", 1, "--grad-norm", "--val_samples", 2))
+    (run,) = (store / model).iterdir()
+    assert run.name == f"000-{model}-0" and np.isfinite(list(metrics(run, "loss").values())).all()
+    succeeded(sample("sample_ddp_val.py", run, tmp_path, "--model", same, "--sampler", "dpmpp"))
+    assert (tmp_path / f"{NAME.replace('GeCA-XS', model)}-dpmpp").is_dir()
+    refused(train(store, tiny_vae, "no", "--model", model, "--multi_scale"), "--multi-scale", model)
     assert not (store / "no").exists()
+
+
+def test_dit_tiles_only_some_grids_and_may_recompute_its_blocks(store, tiny_vae):
+    refused(train(store, tiny_vae, "no", "--model", "DiT-S/8"), "--model DiT-S/8", "multiple of the patch size 8")
+    for more in ((), ("--checkpoint-steps",)):
+        succeeded(train(store, tiny_vae, f"blocks{len(more)}", "--model", "DiT-S/4", "--epochs", 1, *more))
+    plain, again = (metrics(next((store / f"blocks{k}").iterdir()), "loss") for k in (0, 1))
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
+def test_samplers_are_chosen_by_name_and_do_not_share_a_folder(trained, tmp_path):
+    for more, end in ((("--sampler", "ddim", "--eta", 0.5), "-ddim-eta-0.5"), (("--cfg-interval", 100, 900), "")):
+        succeeded(sample("sample_ddp_val.py", trained, tmp_path, *more))
+        assert (tmp_path / f"{NAME}{end}").is_dir()
+    refused(sample("sample_ddp_val.py", trained, tmp_path), "cfg_interval [100, 900], now None")
+    refused(sample("sample_ddp_val.py", trained, tmp_path, "--eta", 1), "--eta 1.0: belongs to --sampler ddim")
+    refused(sample("sample_ddp_val.py", trained, tmp_path, "--cfg-interval", 9, 3), "LOW not above HIGH")
+    refused(sample("sample_ddp_val.py", trained, tmp_path, "--cfg-interval", 3, 9, "--cfg-scale", 1), "--cfg-scale")
 
 
 @pytest.fixture(scope="module")

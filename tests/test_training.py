@@ -186,6 +186,6 @@ def test_the_whole_state_is_inherited_only_without_guidance(scale, differs):
             _, state = denoise(torch.zeros(2, 2, 3, 3), torch.zeros(2), state)
         calls.append(model.given)
     (first, draws), (second, later) = calls[1]
-    assert torch.equal(second, first + 1) == differs
+    assert first.shape == second.shape and torch.equal(second, first + 1) == differs
     assert torch.equal(calls[0][1][0], second) != differs and torch.equal(calls[0][1][0][:, 4:], second[:, 4:])
     assert [c[1] for c in calls[0]] == [draws, later]  # which cells fire does not depend on the rule
