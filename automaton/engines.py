@@ -9,9 +9,10 @@ embedding, key and value it had before, since neither its state nor the conditio
 """
 
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from automaton.rule import Modulation
+from automaton.rule import Modulation, Recorder, Replay
 
 
 def grow(rule, x, state, c, fire, engine="auto"):
@@ -122,12 +123,10 @@ def _renew(rule, tables, base, state, m, moved):
     return tables
 
 
-def _move(rule, tables, state, m, step, grid):
-    """Add the update of one step to the state, in place. Returns what the MLP gave."""
-    z = rule.attended(step.of(tables[0]), *tables[1:], m, step.rows, grid)
-    mlp = rule.mlp(z, m)
-    step.put_(state, step.of(state) + step.fires * rule.update(z, mlp, m))
-    return mlp
+def _move(rule, tables, state, m, step, grid, linear=F.linear):
+    """Add the update of one step to the state, in place."""
+    update = rule.step_update(step.of(tables[0]), *tables[1:], m, step.rows, grid, linear)
+    step.put_(state, step.of(state) + step.fires * update)
 
 
 def _kept(rule, base, state, m, steps, grid):
@@ -146,12 +145,12 @@ def _kept(rule, base, state, m, steps, grid):
 
 
 class _Recomputed(torch.autograd.Function):
-    """The asynchronous engine for training: keeps of each step what is small or dear, and computes the rest once more.
+    """The asynchronous engine for training: keeps what is small or dear, and computes the rest once more in backward.
 
-    Kept are, of the rows that fired, the old state, the keys and values that were written over, and the result of the
-    MLP. Backward walks through the steps from the last to the first; putting the old rows back restores the tables of
-    embeddings, keys and values, and each step is differentiated by itself. So no table is ever copied, and memory is
-    S + 3·D numbers per firing cell and step, and the activations of one step.
+    Kept are, of the rows that fired, the old state, the keys and values that were written over, and the results of the
+    four matrix products. Backward walks through the steps from the last to the first; putting the old rows back
+    restores the tables of embeddings, keys and values, and each step is differentiated by itself. Norms, modulation,
+    attention and activations, which take most of the memory and little of the time, are computed again.
     """
 
     @staticmethod
@@ -164,8 +163,9 @@ class _Recomputed(torch.autograd.Function):
             else:
                 kept += [moved.of(tables[1]), moved.of(tables[2])]
                 _renew(rule, tables, base, state, m, moved)
-            old = step.of(state)
-            kept += [old, _move(rule, tables, state, m, step, grid)]
+            old, products = step.of(state), Recorder()
+            _move(rule, tables, state, m, step, grid, products)
+            kept += [old, *products.results]
             moved = step
         ctx.save_for_backward(base, state, *m, *(tables or []), *kept)
         ctx.rule, ctx.steps, ctx.grid = rule, steps, grid
@@ -180,7 +180,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.autocast(**ctx.autocast):
             back = _Backward(ctx.rule, base, state.clone(), m, [t.clone() for t in tables], ctx.grid,
                              grad.clone(memory_format=torch.contiguous_format))
-            back.walk(ctx.steps, list(kept))
+            back.walk(ctx.steps, kept)
         grad_m = [total.to(t.dtype) for total, t in zip(back.grad_m, m, strict=True)]
         return (None, None, None, back.grad_base, back.grad_state, *grad_m, *back.grad_parameters)
 
@@ -197,24 +197,24 @@ class _Backward:
         self.grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in self.parameters]
 
     def walk(self, steps, kept):
-        """kept: (old state, MLP) of the first step, then (old keys, old values, old state, MLP) of each."""
+        """kept, of each step: old keys and values (not of the first), old state, results of four products."""
+        kept = [(None, None, *kept[:5]), *(kept[i: i + 7] for i in range(5, len(kept), 7))]
         for i in reversed(range(len(steps))):
-            old, mlp = kept[4 * i: 4 * i + 2]
-            self.through_move(steps[i], mlp)
-            steps[i].put_(self.state, old)
+            old_k, old_v, old_state, *products = kept[i]
+            self.through_move(steps[i], products)
+            steps[i].put_(self.state, old_state)
             if i:
-                self.through_renewal(steps[i - 1], kept[4 * i - 4], *kept[4 * i - 2: 4 * i])
+                self.through_renewal(steps[i - 1], kept[i - 1][2], old_k, old_v)
         if steps:
             self.through_first()
 
-    def through_move(self, step, mlp):
+    def through_move(self, step, products):
         """state += fires · update(e of the rows, keys, values)."""
-        inputs = [step.of(self.tables[0]), *self.tables[1:]]
 
         def update(e, k, v, m):
-            z = self.rule.attended(e, k, v, m, step.rows, self.grid)
-            return [self.rule.update(z, self.rule.mlp(z, m, known=mlp), m)]
+            return [self.rule.step_update(e, k, v, m, step.rows, self.grid, Replay(products))]
 
+        inputs = [step.of(self.tables[0]), *self.tables[1:]]
         grad_e, grad_k, grad_v = self.differentiate(update, inputs, [step.fires * step.of(self.grad_state)])
         step.add_(self.grad_tables[0], grad_e)
         self.grad_tables[1] += grad_k
@@ -225,7 +225,7 @@ class _Backward:
         _, k, v = (moved.of(table) for table in self.tables)
         state, base = moved.of(self.state), moved.of(self.base)
         grad_base, grad_state = self.differentiate(
-            lambda base, state, m: self.rule.tables(base, state, m, known=torch.cat([k, v], -1)), [base, state],
+            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])), [base, state],
             [moved.of(grad) for grad in self.grad_tables])
         moved.add_(self.grad_base, grad_base)
         moved.add_(self.grad_state, grad_state)
@@ -238,7 +238,7 @@ class _Backward:
         """All rows of the tables came from the first state."""
         _, k, v = self.tables
         grad_base, grad_state = self.differentiate(
-            lambda base, state, m: self.rule.tables(base, state, m, known=torch.cat([k, v], -1)),
+            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])),
             [self.base, self.state], self.grad_tables)
         self.grad_base += grad_base
         self.grad_state += grad_state

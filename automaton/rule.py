@@ -37,10 +37,9 @@ class FeedForward(nn.Module):
         super().__init__()  # published names: net.0 and net.3 (a dropout of 0 lies between)
         self.net = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Identity(), nn.Linear(mlp_width, width))
 
-    def forward(self, x, known=None):
-        """`known`: the result, if it was computed before; then only its gradients are missing."""
-        x = self.net[1](self.net[0](x))
-        return self.net[3](x) if known is None else known_linear(x, self.net[3].weight, self.net[3].bias, known)
+    def forward(self, x, linear=F.linear):
+        x = self.net[1](linear(x, self.net[0].weight, self.net[0].bias))
+        return linear(x, self.net[3].weight, self.net[3].bias)
 
 
 class PreNorm(nn.Module):
@@ -84,9 +83,26 @@ class Modulation(NamedTuple):
     scale3: torch.Tensor
 
 
-def known_linear(x, weight, bias, known):
-    """x·weightᵀ + bias where the result is `known` already: costs nothing now, and its gradients in backward."""
-    return _KnownLinear.apply(x.to(known.dtype), weight.to(known.dtype), bias, known)
+class Recorder:
+    """F.linear that remembers its results, in order."""
+
+    def __init__(self):
+        self.results = []
+
+    def __call__(self, x, weight, bias=None):
+        self.results.append(F.linear(x, weight, bias))
+        return self.results[-1]
+
+
+class Replay:
+    """F.linear whose results are known already: costs nothing now, and its gradients in backward."""
+
+    def __init__(self, results):
+        self.results = iter(results)
+
+    def __call__(self, x, weight, bias=None):
+        known = next(self.results)
+        return _KnownLinear.apply(x.to(known.dtype), weight.to(known.dtype), bias, known)
 
 
 class _KnownLinear(torch.autograd.Function):
@@ -122,7 +138,8 @@ def position_code(cells, width, device):
 class LocalRule(nn.Module):
     """The weights of one step, under their published names, and its parts; automaton/engines.py puts them together.
 
-    Tensors are (N, R, …): R cells of each of N images, all of them or any selection.
+    Tensors are (N, R, …): R cells of each of N images, all of them or any selection. `linear` is F.linear, or what
+    takes its place to remember results (Recorder) or to use those remembered (Replay).
     """
 
     def __init__(self, in_channels, state_channels, width, mlp_width):
@@ -158,22 +175,18 @@ class LocalRule(nn.Module):
         """base (N, R, D), state (N, R, S) -> e (N, R, D)."""
         return base + F.linear(state, self.cell_to_embedding.weight[:, self.in_channels:])
 
-    def project(self, e, m, which, known=None):
-        """e (N, R, D) -> those of queries, keys and values that `which` ("qkv", "q" or "kv") names, (N, R, D) each.
-
-        `known`: the result side by side, (N, R, len(which)·D), if it was computed before.
-        """
+    def project(self, e, m, which, linear=F.linear):
+        """e (N, R, D) -> those of queries, keys and values that `which` ("qkv", "q" or "kv") names, (N, R, D) each."""
         attention = self.transformer.layers[0][0]
         z = modulate(attention.norm(e), m.shift1, m.scale1)
         first, width = "qkv".index(which), e.shape[-1]
         weight = attention.fn.to_qkv.weight[first * width: (first + len(which)) * width]
-        result = F.linear(z, weight) if known is None else known_linear(z, weight, None, known)
-        return result.split(width, -1)
+        return linear(z, weight).split(width, -1)
 
-    def tables(self, base, state, m, known=None):
+    def tables(self, base, state, m, linear=F.linear):
         """What neighbours and later steps look up: embeddings, keys and values, each (N, R, D)."""
         e = self.embed(base, state)
-        return e, *self.project(e, m, "kv", known)
+        return e, *self.project(e, m, "kv", linear)
 
     def attend(self, q, k, v, rows, grid):
         """q (R', D) of the cells `rows` (R',) of all images (None: of all cells), k, v (N, H·W, D) -> (R', D)."""
@@ -181,16 +194,17 @@ class LocalRule(nn.Module):
         q = q.unflatten(-1, (self.heads, HEAD_WIDTH))
         return neighbourhood_attention(q.view_as(k) if rows is None else q, k, v, rows).reshape(len(q), -1)
 
-    def attended(self, e, k, v, m, rows, grid):
+    def attended(self, e, k, v, m, rows, grid, linear=F.linear):
         """The block after its attention: e (N, R, D) of the cells `rows` (None: all), k, v (N, H·W, D) -> (N, R, D)."""
-        attention = self.transformer.layers[0][0].fn
-        (q,) = self.project(e, m, "q")
-        return torch.addcmul(e, m.gate1, attention.to_out(self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)))
+        out = self.transformer.layers[0][0].fn.to_out[0]
+        (q,) = self.project(e, m, "q", linear)
+        seen = self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)
+        return torch.addcmul(e, m.gate1, linear(seen, out.weight, out.bias))
 
-    def mlp(self, z, m, known=None):
+    def mlp(self, z, m, linear=F.linear):
         """The MLP of the block on what it attended to: (N, R, D) -> (N, R, D)."""
         mlp = self.transformer.layers[0][1]
-        return mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), known)
+        return mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), linear)
 
     def update(self, z, mlp, m):
         """Both -> the update of the state, (N, R, S)."""
@@ -198,7 +212,7 @@ class LocalRule(nn.Module):
         normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)
         return self.final_layer.linear(modulate(normed, m.shift3, m.scale3))
 
-    def step_update(self, e, k, v, m, rows, grid):
+    def step_update(self, e, k, v, m, rows, grid, linear=F.linear):
         """All of it: e (N, R, D), k, v (N, H·W, D) -> the update of the state of the cells `rows`, (N, R, S)."""
-        z = self.attended(e, k, v, m, rows, grid)
-        return self.update(z, self.mlp(z, m), m)
+        z = self.attended(e, k, v, m, rows, grid, linear)
+        return self.update(z, self.mlp(z, m, linear), m)
