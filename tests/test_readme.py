@@ -81,7 +81,7 @@ def commands_of(text):
         found = re.search(r"(?:^|\|\| |&& |\$ )((?:python|torchrun|accelerate launch) .*)", line.strip().strip("`#> "))
         if not found or "..." in line:
             continue
-        words = shlex.split(re.split(r"\s{2,}|\s[|>&]", found[1])[0])  # what follows two spaces is a remark
+        words = shlex.split(re.split(r"\s{2,}|\s[|>&]|`", found[1])[0])  # what follows two spaces is a remark
         words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words]
         place = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1:i] == ["-m"])
         yield words[place].removesuffix(".py").replace("/", "."), words[place + 1:]

@@ -1,0 +1,173 @@
+"""How few steps does a model need? KID of each model, sampler and number of steps: json, a table and a plot.
+
+    python scripts/study_samplers.py --ckpt runs/a/checkpoints/last_ckpt.pt runs/b/checkpoints/last_ckpt.pt \
+        --data-path data/phantom --fold 0 --images 64 --output study
+    python scripts/study_samplers.py --plot study other_study --output study
+
+All points have the same labels, those of validation images drawn at random, and the same starting noise; each is scored
+against all validation images of the fold. A point that is in study/points.jsonl already is not measured again.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+from benchmarks.bench import Case, operations
+from diffusion.samplers import SAMPLERS
+from metrics.features import open_features
+from metrics.kid import SUBSETS, kid
+from pipeline import checkpoint as checkpoints
+from pipeline import runtime
+from pipeline.cli import Parser, UserError, integer, number, run
+from pipeline.data import load_images, read_split
+from pipeline.files import write_atomically, write_text
+from pipeline.sampling import sample_images
+from pipeline.seeds import generator
+from pipeline.vae import cells_per_side, open_codec
+
+
+class Study:
+    """What all points have in common."""
+
+    def __init__(self, args):
+        self.args, self.device = args, runtime.start().device
+        split = read_split(args.data_path, f"val_{args.fold}")
+        order = torch.randperm(len(split), generator=generator(args.global_seed, "study"))[:args.images]
+        if args.images > len(split):
+            raise UserError(f"--images {args.images}: {split.path} has {len(split)} images; give fewer")
+        self.split, self.labels = split, torch.as_tensor(split.labels)[order]
+        self.space, self.real = open_features("retina", self.device), None
+        self.file = args.output / "points.jsonl"
+        self.points = read_points([args.output]) if self.file.is_file() else []
+
+    def measure(self, path):
+        """All points of one checkpoint."""
+        checkpoint = checkpoints.load(path)
+        trained = checkpoint["args"]
+        codec = open_codec(trained["vae"], trained["image_space"], self.device)
+        model = checkpoints.build(checkpoint).to(self.device)
+        cells = cells_per_side(trained["image_size"], codec)
+        if self.real is None:
+            self.real = self.space(load_images(self.split.image_paths, trained["image_size"]))
+        cost = operations(Case(trained["model"], cells, 8, self.device), "guided", "asynchronous") / 8
+        for sampler in self.args.samplers:
+            for steps in self.args.steps:
+                about = {"model": trained["model"], "step": checkpoint["step"], "sampler": sampler, "steps": steps,
+                         "images": self.args.images, "seed": self.args.global_seed, "cfg_scale": self.args.cfg_scale}
+                if any(about.items() <= point.items() for point in self.points):
+                    continue
+                started = time.perf_counter()
+                found = self.score(model, codec, cells, sampler, steps)
+                self.add({**about, **found, "gflop_per_image": steps * cost / 1e9,
+                          "seconds_per_image": (time.perf_counter() - started) / self.args.images})
+
+    def score(self, model, codec, cells, sampler, steps):
+        options = {"steps": steps, "batch_size": 32, "sampler": sampler, "cells": cells, "device": self.device,
+                   "cfg_scale": self.args.cfg_scale, "seed": self.args.global_seed}
+        images = [made for _, made in sample_images(model, codec, self.labels, range(len(self.labels)), **options)]
+        features = self.space(np.concatenate(images))
+        mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
+        return {"kid": mean, "kid_std": std}
+
+    def add(self, point):
+        self.points.append(point)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+        print(row(point), flush=True)
+
+    def noise_floor(self):
+        """KID of as many training images against the validation images."""
+        train = read_split(self.args.data_path, f"train_{self.args.fold}")
+        order = torch.randperm(len(train), generator=generator(self.args.global_seed, "noise floor"))
+        paths = [train.image_paths[i] for i in order[:self.args.images].tolist()]
+        size = checkpoints.load(self.args.ckpt[0])["args"]["image_size"]
+        features = self.space(load_images(paths, size))
+        mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
+        self.add({"model": "real", "sampler": "-", "steps": 0, "images": self.args.images, "kid": mean, "kid_std": std})
+
+
+def read_points(folders):
+    lines = [line for folder in folders for line in (Path(folder) / "points.jsonl").read_text().splitlines()]
+    return list({json.dumps(point): point for point in map(json.loads, lines)}.values())
+
+
+def row(point):
+    score = f"{1e3 * point['kid']:7.1f} ± {1e3 * point['kid_std']:5.1f}"
+    cost = f"{point['gflop_per_image']:9.1f}" if "gflop_per_image" in point else f"{'-':>9}"
+    return f"| {point['model']:8} | {point['sampler']:7} | {point['steps']:5} | {score} | {cost} |"
+
+
+def table(points):
+    """Markdown, sorted."""
+    head = "| model | sampler | steps | KID[retina] × 1e-3 | GFLOP per image |\n|---|---|---|---|---|"
+    return "\n".join([head, *map(row, sorted(points, key=lambda p: (p["model"], p["sampler"], p["steps"])))]) + "\n"
+
+
+def plot(points, path):
+    """KID against steps and against operations, a line for each model and sampler; the noise floor in grey."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    models = sorted({p["model"] for p in points} - {"real"})
+    for axis, key, label in zip(axes, ("steps", "gflop_per_image"), ("sampling steps", "GFLOP per image"), strict=True):
+        for color, model in enumerate(models):
+            for sampler, style in zip(SAMPLERS, ("-o", "--s", ":^"), strict=True):
+                line = sorted((p[key], 1e3 * p["kid"]) for p in points
+                              if (p["model"], p["sampler"]) == (model, sampler))
+                if line:
+                    axis.plot(*zip(*line, strict=True), style, color=f"C{color}", label=f"{model}, {sampler}", ms=4)
+        for p in points:
+            if p["model"] == "real":
+                axis.axhline(1e3 * p["kid"], color="grey", lw=1)
+        axis.set(xlabel=label, xscale="log", yscale="symlog")
+    axes[0].set_ylabel("KID[retina] × 1e-3")
+    axes[0].legend(fontsize=7)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def main():
+    args = parser().parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.plot:
+        points = read_points(args.plot)
+    elif not args.ckpt or not args.data_path:
+        raise UserError("found neither --plot nor --ckpt with --data-path; give one of them")
+    else:
+        study = Study(args)
+        for path in args.ckpt:
+            study.measure(path)
+        if not any(point["model"] == "real" for point in study.points):
+            study.noise_floor()
+        points = study.points
+    write_text(args.output / "table.md", table(points))
+    plot(points, args.output / "steps.png")
+    print(f"{args.output}: table.md, steps.png")
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--ckpt", type=Path, nargs="+", metavar="FILE", help="checkpoints of train.py")
+    p.add_argument("--data-path", type=Path, metavar="ROOT", help="data root they were trained on")
+    p.add_argument("--fold", type=integer(0), default=0, help="whose validation images are the real ones")
+    p.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), metavar="NAME", help="which")
+    p.add_argument("--steps", type=integer(1, 1000), nargs="+", default=[10, 25, 50, 100, 250], metavar="N",
+                   help="numbers of sampling steps")
+    p.add_argument("--images", type=integer(8), default=64, help="images per point")
+    p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance")
+    p.add_argument("--global-seed", type=integer(0), default=0, help="seed of labels, images and subsets")
+    p.add_argument("--plot", type=Path, nargs="+", metavar="DIR", help="join the points of earlier studies")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="points.jsonl, table.md, steps.png")
+    return p
+
+
+if __name__ == "__main__":
+    run(main, runtime.stop)

@@ -1,0 +1,53 @@
+"""The yardstick computes what GeCA computes, and the benchmark says what it measured. Nothing here is timed."""
+
+import json
+
+import torch
+from conftest import call_script, fill, generators, largest_relative, succeeded
+
+from benchmarks import bench, plain
+from models import MODELS
+
+
+def test_the_plain_implementation_computes_the_same():
+    model = fill(MODELS["GeCA-XS"]())
+    g = generators(1)[0]
+    x, state = torch.randn(2, 4, 5, 7, generator=g), torch.randn(2, 40, 5, 7, generator=g)
+    t, y = torch.tensor([3, 800]), torch.ones(2, 11)
+    with torch.no_grad():
+        fast = model(x, t, y, state, generators(2))
+        slow = plain.forward(model, x, t, y, state, model.draw_fire(2, 35, generators(2)))
+    assert all(largest_relative(a, b) < 1e-5 for a, b in zip(slow, fast, strict=True))
+
+
+def test_all_variants_do_the_same_work():
+    """Guided step and training step call every variant alike: same result, same gradients."""
+    case = bench.Case("GeCA-XS", 4, 2, "cpu")
+    outs = [case.call(variant)(case.x, torch.tensor([5, 5]), case.y, None, case.generators("cells"))[0]
+            for variant in bench.variants("GeCA-XS", "train")]
+    assert len(outs) == 4 and all(largest_relative(out, outs[0]) < 1e-5 for out in outs[1:])
+
+
+def test_operations_are_those_of_the_matrix_products():
+    case = bench.Case("GeCA-XS", 8, 1, "cpu")
+    counts = {variant: bench.operations(case, "forward", variant) for variant in ("plain", "dense", "asynchronous")}
+    width, mlp, channels, state, cells = 384, 64, 44, 40, 64
+    per_cell = 2 * (width * (4 * width + 2 * mlp) + width * (channels + state))  # embedding, q k v, out, MLP, update
+    assert 0.9 < counts["dense"] / (12 * cells * per_cell) < 1.1
+    assert 0.45 < counts["asynchronous"] / counts["dense"] < 0.75  # half, the first step, and rows that fill up
+    assert counts["plain"] > counts["dense"]
+
+
+def test_the_report(tmp_path):
+    out = succeeded(call_script("benchmarks/bench.py", "--models", "GeCA-XS", "DiT-S", "--cells", 4, "--rounds", 1,
+                                "--no-memory", "--train-batch", 2, "--json", tmp_path / "b.json"))
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]["fp32"]["rows"]
+    assert [(r["model"], r["task"], r["variant"]) for r in rows] == [
+        (model, task, variant) for model in ("GeCA-XS", "DiT-S") for task in bench.TASKS
+        for variant in bench.variants(model, task)]
+    assert all(r["seconds"] > 0 and r["flops"] > 0 for r in rows) and out.count("floor") == 2
+
+
+def test_memory_is_that_of_the_task():
+    small, large = (bench.memory_of("GeCA-XS", "train", "plain", cells, 1, "cpu", "fp32") for cells in (8, 24))
+    assert large > 2 * small > 0
