@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models import MODELS
 from pipeline import latents, runtime
 from pipeline.cli import Parser, UserError, integer, run
 from pipeline.data import check_images, load_images, read_split
@@ -90,6 +91,7 @@ def parser():
     p.add_argument("--image-space", action="store_true", help="no VAE: store pixels")
     p.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
     p.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
+    p.add_argument("--model", choices=MODELS, metavar="NAME", help="accepted and ignored: latents serve every model")
     p.add_argument("--num-workers", type=integer(1), default=4, help="threads per process that read images")
     p.add_argument("--global-seed", type=integer(0), default=0,
                    help="accepted as published; the moments need no draw")

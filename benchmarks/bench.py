@@ -197,10 +197,12 @@ def resident(name):
 
 
 def floor(name, flops, speeds):
-    """The two least times of a forward call: its operations, and its weights read once per step, in seconds."""
+    """A line: parameters, and the least times of a forward call: its operations, its weights read once per step."""
     model = MODELS[name]()
-    reads = sum(p.numel() for p in model.parameters()) * 4 * getattr(model, "steps", 1)
-    return flops / speeds["products"], reads / speeds["copy"]
+    parameters = sum(p.numel() for p in model.parameters())
+    reads = 4 * parameters * getattr(model, "steps", 1)
+    return (f"{name:8} {parameters:,} parameters; forward floor: {flops / speeds['products']:.3f} s for its "
+            f"operations, {reads / speeds['copy']:.3f} s to read its weights")
 
 
 def measure(args, device, precision):
@@ -225,9 +227,7 @@ def measure(args, device, precision):
                 rows.append(row)
                 print(line(row, speeds), flush=True)
         if "forward" in args.tasks:
-            arithmetic, reading = floor(name, flops_of(rows, name, "forward"), speeds)
-            print(f"{name:8} forward floor: {arithmetic:.3f} s for its operations, {reading:.3f} s to read its weights",
-                  flush=True)
+            print(floor(name, flops_of(rows, name, "forward"), speeds), flush=True)
     return {"speeds": speeds, "rows": rows}
 
 
@@ -274,8 +274,8 @@ def main():
 
 def parser():
     p = Parser(__doc__)
-    p.add_argument("--models", nargs="+", choices=MODELS, default=["GeCA-XS", "GeCA-S", "DiT-S"], metavar="NAME",
-                   help="which")
+    p.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="which",
+                   default=["GeCA-XS", "GeCA-S", "DiT-S", "LDM-B"])
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="forward, guided, train")
     p.add_argument("--cells", type=integer(1), default=32, help="cells per side of the grid")
     p.add_argument("--batch", type=integer(1), default=1, help="images of forward and guided")

@@ -63,7 +63,7 @@ def add_state_flag(p):
 
 def add_flags(p, default_data_path):
     """The flags that both sampling scripts have."""
-    p.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint written by train.py")
+    p.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint, ours or published, or weights")
     p.add_argument("--data-path", type=Path, required=True, metavar="DIR", help=default_data_path)
     p.add_argument("--sample-dir", type=Path, default="samples", metavar="DIR", help="where the sample folder goes")
     p.add_argument("--fold", type=integer(0), default=0, help="fold whose labels are asked for")
