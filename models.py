@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from automaton import LocalRule, grow
 from automaton.rule import modulate
-from pipeline.seeds import per_image
+from pipeline.seeds import on_device, per_image
 
 
 class TimeEmbedder(nn.Module):
@@ -36,6 +36,9 @@ class TimeEmbedder(nn.Module):
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
         angle = t[:, None].float() * rates
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype))
+
+
+LABEL_TABLE = "y_embedder.embedding_table.0.weight"  # (D, K): in every model
 
 
 class LabelEmbedder(nn.Module):
@@ -80,15 +83,15 @@ class GeCA(LocalRule):
     @staticmethod
     def sizes(shapes):
         """What to build a GeCA with so that weights of these shapes fit; None if they are another model's."""
-        if "cell_to_embedding.weight" not in shapes:
+        if not {"cell_to_embedding.weight", "final_layer.linear.weight", LABEL_TABLE} <= shapes.keys():
             return None
         channels = shapes["cell_to_embedding.weight"][1] - shapes["final_layer.linear.weight"][0]  # cell − state
-        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1], "in_channels": channels}
+        return {"num_classes": shapes[LABEL_TABLE][1], "in_channels": channels}
 
     def forward(self, x, t, y, state=None, generator=None):
         n, _, h, w = x.shape
         if state is None:
-            state = self.initial_state(n, h, w, self.draw_seed(n, generator).to(x.device, non_blocking=True))
+            state = self.initial_state(n, h, w, on_device(self.draw_seed(n, generator), x.device).to(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         state = grow(self, x, state, c, self.draw_fire(n, h * w, generator), self.engine)
         return state[:, : self.out_channels], state
@@ -134,6 +137,7 @@ class Memoryless(nn.Module):
     """What the baselines have in common: a fixed grid, no state, and one call that is compiled as a whole."""
 
     any_grid = False
+    checkpoint_steps = False  # in training, compute each block again in backward instead of keeping it
 
     def compile_parts(self):
         """Fuse kernels with torch.compile."""
@@ -197,7 +201,6 @@ class DiT(Memoryless):
 
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, depth, heads, patch):
         super().__init__()
-        self.checkpoint_steps = False  # in training, compute each block again in backward instead of keeping it
         if input_size % patch:
             raise ValueError(f"input_size {input_size}: expected a multiple of the patch size {patch}")
         self.input_size, self.num_classes, self.in_channels = input_size, num_classes, in_channels
@@ -224,10 +227,10 @@ class DiT(Memoryless):
     @staticmethod
     def sizes(shapes):
         """What to build a DiT with so that weights of these shapes fit; None if they are another model's."""
-        if "pos_embed" not in shapes:
+        if not {"pos_embed", "x_embedder.proj.weight", LABEL_TABLE} <= shapes.keys():
             return None
         _, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1], "in_channels": channels,
+        return {"num_classes": shapes[LABEL_TABLE][1], "in_channels": channels,
                 "input_size": patch * math.isqrt(shapes["pos_embed"][1])}
 
     def forward(self, x, t, y, state=None, generator=None):
@@ -280,12 +283,14 @@ class LDM(Memoryless):
     @staticmethod
     def sizes(shapes):
         """What to build an LDM with so that weights of these shapes fit; None if they are another model's."""
-        if "unet.conv_in.weight" not in shapes:
+        if not {"unet.conv_in.weight", LABEL_TABLE} <= shapes.keys():
             return None
-        return {"num_classes": shapes["y_embedder.embedding_table.0.weight"][1],
-                "in_channels": shapes["unet.conv_in.weight"][1]}
+        return {"num_classes": shapes[LABEL_TABLE][1], "in_channels": shapes["unet.conv_in.weight"][1]}
 
     def forward(self, x, t, y, state=None, generator=None):
+        if self.unet.is_gradient_checkpointing != self.checkpoint_steps:
+            (self.unet.enable_gradient_checkpointing if self.checkpoint_steps
+             else self.unet.disable_gradient_checkpointing)()
         return self.unet(x, t, class_labels=self.y_embedder(y)).sample, None
 
 

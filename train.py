@@ -25,7 +25,7 @@ from tqdm import tqdm
 from diffusion import create_diffusion, multiscale
 from metrics.features import open_features
 from metrics.kid import SUBSETS, kid, polynomial_mmd
-from models import MODELS
+from models import LABEL_TABLE, MODELS
 from pipeline import checkpoint as checkpoints
 from pipeline import latents, pictures, runs
 from pipeline.cli import Parser, UserError, integer, number, run
@@ -33,7 +33,7 @@ from pipeline.data import fingerprint, load_images, read_split
 from pipeline.files import write_atomically
 from pipeline.runtime import start, stop
 from pipeline.sampling import add_state_flag, sample_images
-from pipeline.seeds import generator
+from pipeline.seeds import generator, on_device
 from pipeline.vae import cells_per_side, open_codec, same_weights
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
@@ -105,7 +105,7 @@ class Training:
         """The loss (n,) of n samples on one grid."""
         *columns, generators = zip(*samples, strict=True)
         t = torch.stack(columns.pop(1))  # stays on the CPU, where the tables of the diffusion are
-        x, y, noise = (torch.stack(column).to(self.accelerator.device, non_blocking=True) for column in columns)
+        x, y, noise = (on_device(torch.stack(column), self.accelerator.device) for column in columns)
         return self.diffusion.training_losses(
             lambda x, t: self.net(x, t, y, generator=generators)[0], x, t, noise)["loss"]
 
@@ -175,9 +175,8 @@ def start_from(net, path, label_names, codec):
     weights = {key: value.float() for key, value in checkpoint[kind].items()}
     own, sizes = net.state_dict(), checkpoint["model_args"]
     theirs = checkpoint["label_names"]  # None: not named, so that only their number can be compared
-    if theirs != list(label_names) if theirs else sizes["num_classes"] != len(label_names):
-        first = "y_embedder.embedding_table.0.weight"
-        weights[first] = own[first]
+    if theirs != (theirs and list(label_names)) or sizes["num_classes"] != len(label_names):
+        weights[LABEL_TABLE] = own[LABEL_TABLE]
         PartialState().print(f"--load-from {path}: its labels are {' '.join(theirs or ['others'])}; the label "
                              "table starts anew")
     odd = sorted(set(weights) ^ set(own)) or [k for k in own if own[k].shape != weights[k].shape]
@@ -213,8 +212,10 @@ class Validation:
         labels = torch.as_tensor(self.split.labels[self.chosen])
         if args.validation_labels == "null":
             labels = torch.zeros_like(labels)
-        raw = args.validation_weights == "model"
-        net = self.accelerator.unwrap_model(training.net) if raw else training.ema
+        net = training.ema
+        if args.validation_weights == "model":  # in a copy: the net itself would compute in --mixed_precision
+            net = copy.deepcopy(net)
+            net.load_state_dict(self.accelerator.unwrap_model(training.net).state_dict())
         options = {"steps": args.num_sampling_steps, "batch_size": 32, "cfg_scale": args.cfg_scale,
                    "cells": training.model_args["input_size"], "multi_scale": args.multi_scale,
                    "seed": args.global_seed, "device": self.accelerator.device, "unguided_state": args.unguided_state}
@@ -339,7 +340,7 @@ def main():
     last = folder / "checkpoints" / "last_ckpt.pt"
     validation = Validation(args, accelerator, codec, validation_split)
     if exists and last.is_file() and training.restore(last) != validation.features.identity:
-        training.best_kid = math.inf  # measured in another feature space
+        training.best_kid, training.validated = math.inf, []  # measured in another feature space
     accelerator.wait_for_everyone()  # every process has looked for the run before the first one makes it
     log = runs.RunLog(folder, settings, accelerator.is_main_process)
     log.text(f"run {folder}: {args.model}, {sum(p.numel() for p in training.ema.parameters()):,} parameters, "

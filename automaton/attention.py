@@ -12,6 +12,7 @@ nine cells that look at a cell. On a GPU a Triton kernel does the same (automato
 from functools import lru_cache
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -21,28 +22,42 @@ def neighbourhood_attention(q, k, v, rows=None):
     k, v (N, H, W, heads, d) and q alike -> (N, H, W, heads, d). With `rows` (R,), different numbers of cells counted
     over all N·H·W, only these cells attend: q (R, heads, d) -> (R, heads, d).
     """
+    if q.is_cuda and q.dtype != torch.float64 and _triton() is not None:
+        return _triton()(q, k, v, rows)
     if rows is None:
         every = torch.arange(q.shape[:3].numel(), device=q.device)
-        return neighbourhood_attention(q.flatten(0, 2), k, v, every).view_as(q)
-    if q.is_cuda:
-        from automaton.triton_attention import neighbourhood_attention_triton  # Triton is not on every machine
-
-        return neighbourhood_attention_triton(q, k, v, rows)
+        return _NeighbourhoodAttention.apply(q.flatten(0, 2), k, v, every).view_as(q)
     return _NeighbourhoodAttention.apply(q, k, v, rows)
 
 
+@lru_cache(maxsize=1)
+def _triton():
+    """The Triton kernels, or None on a machine without Triton."""
+    try:
+        from automaton.triton_attention import neighbourhood_attention_triton
+    except ImportError:
+        return None
+    return neighbourhood_attention_triton
+
+
 @lru_cache(maxsize=8)
-def neighbours(n, h, w, device):
-    """Of each of N·H·W cells the nine neighbours, row by row: numbers (M, 9) int64, and (M, 9) bool: inside the grid.
+def _grid_neighbours(h, w, device):
+    """Of each of H·W cells the nine neighbours, row by row: numbers (L, 9) int64, and (L, 9) bool: inside the grid.
 
     The opposite of neighbour j is neighbour 8 − j. Outside the grid the number means nothing.
     """
-    image, y, x = torch.meshgrid(torch.arange(n), torch.arange(h), torch.arange(w), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     dy, dx = torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij")
-    y, x = y.reshape(-1, 1) + dy.flatten(), x.reshape(-1, 1) + dx.flatten()  # (M, 9)
+    y, x = y.reshape(-1, 1) + dy.flatten(), x.reshape(-1, 1) + dx.flatten()  # (L, 9)
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-    number = (image.reshape(-1, 1) * h + y.clamp(0, h - 1)) * w + x.clamp(0, w - 1)
-    return number.to(device), inside.to(device)
+    return (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).to(device), inside.to(device)
+
+
+def neighbours(rows, h, w):
+    """The same of cells `rows` (R,) of a batch, numbered through all its images."""
+    number, inside = _grid_neighbours(h, w, rows.device)
+    cell = rows % (h * w)
+    return number[cell] + (rows - cell)[:, None], inside[cell]
 
 
 def _of_heads(numbers, heads):
@@ -75,6 +90,7 @@ class _NeighbourhoodAttention(torch.autograd.Function):
         return _mixtures(weights, _table(v), places).view_as(q).to(q.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         *kept, rows = ctx.saved_tensors
         q, k, v, grad = _exact(*kept, grad)
@@ -84,9 +100,9 @@ class _NeighbourhoodAttention(torch.autograd.Function):
         grad_logits *= q.shape[-1] ** -0.5
         grad_q = _mixtures(grad_logits, _table(k), places).view_as(q)
         # What a cell gave as a neighbour: of each of the nine that may have looked at it the row, if it attended.
-        number, there = (t.flip(1) for t in neighbours(*k.shape[:3], k.device))
-        row = torch.full((k.shape[:3].numel(),), -1, device=k.device).index_copy(
-            0, rows, torch.arange(len(rows), device=k.device))
+        every = torch.arange(k.shape[:3].numel(), device=k.device)
+        number, there = (t.flip(1) for t in neighbours(every, *k.shape[1:3]))
+        row = torch.full_like(every, -1).index_copy(0, rows, every[:len(rows)])
         row = torch.where(there, row[number], -1)  # (M, 9)
         looked = _of_heads(row.clamp(min=0), k.shape[3])
         which = looked * 9 + torch.arange(9, device=k.device)  # row, head and its j-th neighbour: the cell itself
@@ -108,7 +124,7 @@ def _table(x):
 
 def _weights(q, k, rows):
     """q (R, heads, d), k (N, H, W, heads, d) -> weights (R · heads, 9), 0 outside the grid; places; inside."""
-    number, inside = (t[rows] for t in neighbours(*k.shape[:3], k.device))
+    number, inside = neighbours(rows, *k.shape[1:3])
     places = _of_heads(number, k.shape[3])
     inside = inside.to(q.dtype).repeat_interleave(k.shape[3], 0)
     logits = _products(_table(q * q.shape[-1] ** -0.5), _table(k), places) * inside  # outside: a key of 0

@@ -9,10 +9,12 @@ embedding, key and value it had before, since neither its state nor the conditio
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from automaton.rule import Modulation, Recorder, Replay
+from pipeline.seeds import on_device
 
 
 def grow(rule, x, state, c, fire, engine="auto"):
@@ -37,7 +39,7 @@ def dense(rule, base, state, m, fire, grid):
         return state + fires[..., None] * rule.step_update(e, k, v, m, None, grid)
 
     again = rule.checkpoint_steps and torch.is_grad_enabled()
-    for fires in fire.to(state.device):
+    for fires in on_device(fire, state.device):
         state = checkpoint(step, state, fires, *m, use_reentrant=False) if again else step(state, fires, *m)
     return state
 
@@ -85,20 +87,17 @@ class Step:
 
 
 def firing_rows(fire, device):
-    """fire (steps, N, L) bool -> a Step for each step at which any cell fires; one transfer to `device` for all."""
-    fire = fire.cpu()  # the sizes must be known on the host
-    most = fire.sum(2).amax(1).tolist() if fire.numel() else []
-    chosen = fire.byte().argsort(dim=2, descending=True, stable=True)  # firing cells first
-    first = torch.arange(fire.shape[1])[:, None] * fire.shape[2]
-    chosen = [order[:, :count] for order, count in zip(chosen, most, strict=True) if count]
-    fires = [f.gather(1, c) for f, c in zip((f for f, count in zip(fire, most, strict=True) if count), chosen,
-                                            strict=True)]
-    if not chosen:
-        return []
-    sizes = [c.numel() for c in chosen]
-    rows = torch.cat([(c + first).flatten() for c in chosen]).to(device, non_blocking=True).split(sizes)
-    flags = torch.cat([f.flatten() for f in fires]).to(device, non_blocking=True).split(sizes)
-    return [Step(r, f.view(fire.shape[1], -1, 1)) for r, f in zip(rows, flags, strict=True)]
+    """fire (steps, N, L) bool on the CPU -> a Step for each step at which any cell fires, on `device`."""
+    most = fire.sum(2).amax(1).tolist()  # the sizes must be known on the host; the rest is done on the device
+    fire = on_device(fire, device)
+    order = fire.byte().argsort(dim=2, descending=True, stable=True)  # firing cells first
+    first = torch.arange(fire.shape[1], device=device)[:, None] * fire.shape[2]
+    steps = []
+    for fires, cells, count in zip(fire, order, most, strict=True):
+        if count:
+            cells = cells[:, :count]
+            steps.append(Step((cells + first).flatten(), fires.gather(1, cells)[..., None]))
+    return steps
 
 
 def _in_place(rule, base, state, m, steps, grid):
@@ -167,15 +166,18 @@ class _Recomputed(torch.autograd.Function):
             _move(rule, tables, state, m, step, grid, products)
             kept += [old, *products.results]
             moved = step
-        ctx.save_for_backward(base, state, *m, *(tables or []), *kept)
-        ctx.rule, ctx.steps, ctx.grid = rule, steps, grid
+        parameters = m_and_parameters[8:]  # saved only so that PyTorch notices if they change before backward
+        ctx.save_for_backward(*parameters, base, state, *m, *(tables or []), *kept)
+        ctx.rule, ctx.steps, ctx.grid, ctx.parameters = rule, steps, grid, len(parameters)
+        # Without the cache: older PyTorch would find casts in it that were made without gradients.
         ctx.autocast = {"device_type": base.device.type, "enabled": torch.is_autocast_enabled(base.device.type),
-                        "dtype": torch.get_autocast_dtype(base.device.type)}
+                        "dtype": torch.get_autocast_dtype(base.device.type), "cache_enabled": False}
         return state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        base, state, *saved = ctx.saved_tensors
+        base, state, *saved = ctx.saved_tensors[ctx.parameters:]
         m, tables, kept = Modulation(*saved[:8]), saved[8:11], saved[11:]
         with torch.autocast(**ctx.autocast):
             back = _Backward(ctx.rule, base, state.clone(), m, [t.clone() for t in tables], ctx.grid,
@@ -192,8 +194,8 @@ class _Backward:
         self.rule, self.base, self.state, self.m, self.tables, self.grid = rule, base, state, m, tables, grid
         self.parameters = rule.step_parameters()
         self.grad_state, self.grad_base = grad, torch.zeros_like(base)
-        self.grad_tables = [torch.zeros_like(table, dtype=_exact(table)) for table in tables]
-        self.grad_m = [torch.zeros_like(t, dtype=_exact(t)) for t in m]  # twelve sums are too many for half precision
+        self.grad_tables = [torch.zeros_like(table, dtype=_sum_dtype(table)) for table in tables]
+        self.grad_m = [torch.zeros_like(t, dtype=_sum_dtype(t)) for t in m]
         self.grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in self.parameters]
 
     def walk(self, steps, kept):
@@ -223,10 +225,9 @@ class _Backward:
     def through_renewal(self, moved, old_state, old_k, old_v):
         """The rows `moved` of the tables came from the state as it is now; what they held before has no part in it."""
         _, k, v = (moved.of(table) for table in self.tables)
-        state, base = moved.of(self.state), moved.of(self.base)
-        grad_base, grad_state = self.differentiate(
-            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])), [base, state],
-            [moved.of(grad) for grad in self.grad_tables])
+        base = moved.of(self.base)
+        grad_base, grad_state = self.through_tables(base, moved.of(self.state), k, v,
+                                                    [moved.of(grad) for grad in self.grad_tables])
         moved.add_(self.grad_base, grad_base)
         moved.add_(self.grad_state, grad_state)
         for grad, table, old in zip(self.grad_tables, self.tables, (self.rule.embed(base, old_state), old_k, old_v),
@@ -237,11 +238,15 @@ class _Backward:
     def through_first(self):
         """All rows of the tables came from the first state."""
         _, k, v = self.tables
-        grad_base, grad_state = self.differentiate(
-            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])),
-            [self.base, self.state], self.grad_tables)
+        grad_base, grad_state = self.through_tables(self.base, self.state, k, v, self.grad_tables)
         self.grad_base += grad_base
         self.grad_state += grad_state
+
+    def through_tables(self, base, state, k, v, grad_tables):
+        """(e, k, v) = tables(base, state), where k and v are known."""
+        return self.differentiate(
+            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])), [base, state],
+            grad_tables)
 
     def differentiate(self, function, inputs, grad_outputs):
         """Gradients of function(*inputs, m) to its inputs; those to modulation and parameters are added up here."""
@@ -259,7 +264,8 @@ class _Backward:
         return grads[:len(inputs)]
 
 
-def _exact(tensor):
+def _sum_dtype(tensor):
+    """Twelve sums are too many for half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

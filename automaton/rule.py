@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from automaton.attention import neighbourhood_attention
@@ -112,11 +113,12 @@ class _KnownLinear(torch.autograd.Function):
         return known.view_as(known)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ weight, rows.T @ x.flatten(0, -2), grad_bias, None
+        rows, (needs_x, needs_weight, needs_bias, _) = grad.flatten(0, -2), ctx.needs_input_grad
+        return (grad @ weight if needs_x else None, rows.T @ x.flatten(0, -2) if needs_weight else None,
+                rows.sum(0) if needs_bias else None, None)
 
 
 def modulate(x, shift, scale):
@@ -164,7 +166,7 @@ class LocalRule(nn.Module):
         """x (N, C, H, W) -> (N, H·W, D): the input's share of the embedding and the position code."""
         base = F.linear(x.flatten(2).transpose(1, 2), self.cell_to_embedding.weight[:, : self.in_channels],
                         self.cell_to_embedding.bias)
-        return base + position_code(base.shape[1], base.shape[2], base.device)
+        return base + position_code(base.shape[1], base.shape[2], base.device).to(base.dtype)
 
     def modulation(self, c):
         """c (N, D) -> Modulation."""

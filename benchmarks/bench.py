@@ -28,7 +28,7 @@ from benchmarks import plain
 from diffusion import create_diffusion, samplers
 from models import MODELS
 from pipeline import runtime
-from pipeline.cli import Parser, integer, run
+from pipeline.cli import Parser, UserError, integer, run
 from pipeline.files import write_text
 from pipeline.seeds import generator
 
@@ -40,7 +40,10 @@ class Case:
 
     def __init__(self, name, cells, batch, device, precision="fp32"):
         torch.manual_seed(0)
-        self.model = MODELS[name](input_size=cells).to(device)
+        try:
+            self.model = MODELS[name](input_size=cells).to(device)
+        except ValueError as error:
+            raise UserError(f"--cells {cells}: {name}: {error}") from None
         for p in self.model.parameters():  # start values would make half of the arithmetic zeros
             if p.requires_grad:
                 torch.nn.init.normal_(p, std=0.02)
@@ -55,13 +58,13 @@ class Case:
     def call(self, variant):
         """A denoiser (x, t, y, state, generators) in this variant."""
         if variant == "plain":
-            return self.plain
+            return self.yardstick
         if self.living:
             self.model.engine = "dense" if variant == "dense" else "asynchronous"
             self.model.checkpoint_steps = variant != "kept"
         return self.model
 
-    def plain(self, x, t, y, state, generators):
+    def yardstick(self, x, t, y, state, generators):
         if state is None:
             state = self.model.initial_state(*x.shape[:1], *x.shape[2:],
                                              self.model.draw_seed(len(x), generators).to(x.device))
@@ -140,17 +143,19 @@ def operations(case, task, variant):
     return counter.total
 
 
-def product_speed(device, precision, size=2048):
-    """Operations per second of a matrix product of this device: the best of 20."""
-    a, b, best = *torch.randn(2, size, size, device=device), float("inf")
+def product_speed(device, precision):
+    """Operations per second of matrix products of this device: the best of 20 times four."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=runtime.PRECISIONS[precision] or torch.float32)
+    best = float("inf")
     for _ in range(20):
         started = time.perf_counter()
-        with runtime.autocast(precision, device):
+        for _ in range(4):
             a @ b
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return 4 * 2 * size**3 / best
 
 
 def copy_speed(device, numbers=2**26):
@@ -177,6 +182,7 @@ def memory_of(*arguments):
 
 def peak_rise(name, task, variant, cells, batch, device, precision):
     """What --memory-of prints: one warm call of a single image first, so that libraries are loaded."""
+    runtime.allow(precision, device)
     Case(name, 8, 1, device, precision).task(task, variant)
     case = Case(name, int(cells), int(batch), device, precision)
     if torch.device(device).type == "cuda":
@@ -197,7 +203,7 @@ def resident(name):
 
 
 def floor(name, flops, speeds):
-    """A line: parameters, and the least times of a forward call: its operations, its weights read once per step."""
+    """A line: parameters, and the least times of a forward call: its operations, its float32 weights read each step."""
     model = MODELS[name]()
     parameters = sum(p.numel() for p in model.parameters())
     reads = 4 * parameters * getattr(model, "steps", 1)
@@ -206,6 +212,7 @@ def floor(name, flops, speeds):
 
 
 def measure(args, device, precision):
+    runtime.allow(precision, device)
     speeds = {"products": product_speed(device, precision), "copy": copy_speed(device)}
     print(f"\n{precision}: matrix products {speeds['products'] / 1e9:.0f} GFLOP/s, copies "
           f"{speeds['copy'] / 1e9:.1f} GB/s", flush=True)
@@ -246,6 +253,7 @@ def line(row, speeds):
 
 def scaling(args, device, precision):
     """Seconds per cell of a forward call over grids."""
+    runtime.allow(precision, device)
     print(f"\n{precision}: forward, one image\n{'model':8} {'grid':>7} {'seconds':>8} {'us/cell':>8}", flush=True)
     rows = []
     for name in args.models:
@@ -263,6 +271,8 @@ def main():
         print(peak_rise(*sys.argv[2:]))
         return
     args = parser().parse_args()
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder as {args.json.parent}; make it first")
     device = str(runtime.start().device)
     report = {"versions": runtime.versions(), "threads": torch.get_num_threads(), "device": device, "results": {}}
     print(" ".join(f"{key} {value}" for key, value in report["versions"].items()))
@@ -285,7 +295,7 @@ def parser():
     p.add_argument("--rounds", type=integer(1), default=3, help="rounds, of which the fastest counts")
     p.add_argument("--no-memory", dest="memory", action="store_false", help="leave memory out: faster")
     p.add_argument("--scaling", action="store_true", help="grids of 8 to 64 instead of the tasks")
-    p.add_argument("--json", metavar="FILE", help="write all numbers")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     return p
 
 

@@ -9,7 +9,7 @@ each step with its original t (an int) and may move both to another grid (diffus
 import numpy as np
 import torch
 
-from pipeline.seeds import per_image
+from pipeline.seeds import on_device, per_image
 
 
 class ImageNoise:
@@ -20,7 +20,7 @@ class ImageNoise:
 
     def __call__(self, shape):
         """(C, H, W) -> (N, C, H, W)."""
-        return per_image(torch.randn, tuple(shape), self.generators).to(self.device, non_blocking=True)
+        return on_device(per_image(torch.randn, tuple(shape), self.generators), self.device)
 
 
 class GuidedDenoiser:
@@ -51,7 +51,7 @@ class GuidedDenoiser:
             return out, (state, null_state)
         out, after = self.call(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([self.y, torch.zeros_like(self.y)]),
                                [state, null_state], generators + null_generators)
-        (eps, variance), (eps_null, _) = (half.chunk(2, dim=1) for half in out.chunk(2))
+        (eps, variance), (eps_null, _) = (half.chunk(2, dim=1) for half in out.float().chunk(2))
         guided = torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1)
         return guided, (None, None) if after is None else (after[:n], after[n:])
 
@@ -70,7 +70,7 @@ class GuidedDenoiser:
         """What each half inherits, or a single living cell where it has not lived before."""
         seeds = self.model.draw_seed(len(x), generators)  # whether they are used or not: later draws must not move
         halves = []
-        for state, seed in zip(states, seeds.to(x.device, non_blocking=True).chunk(len(states)), strict=True):
+        for state, seed in zip(states, on_device(seeds, x.device).chunk(len(states)), strict=True):
             if state is None:
                 halves.append(self.model.initial_state(len(seed), *x.shape[2:], seed))
             else:

@@ -12,11 +12,13 @@ ours, the published layout, bare state dicts and safetensors; what a file does n
 
 import argparse
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from models import MODELS
 from pipeline.cli import Parser, UserError, run
@@ -25,19 +27,25 @@ from pipeline.files import write_atomically
 FORMAT = 1
 PREFIX = "module."  # in front of the names of published files: weights were saved from inside DistributedDataParallel
 SAID = ("args", "label_names", "model_args", "step", "epoch", "best_kid", "minutes", "codec", "run", "features")
+KINDS = ("ema", "model")
 METADATA = "checkpoint"  # key of the safetensors header under which SAID is kept, as json
 
 
 def save(path, checkpoint):
     """Write a checkpoint atomically: a job killed here leaves the previous file whole."""
-    write_atomically(path, lambda temporary: torch.save({**checkpoint, "format_version": FORMAT}, temporary))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # opened here, so that a full disk is an OSError
+            torch.save({**checkpoint, "format_version": FORMAT}, file)
+
+    write_atomically(path, write)
 
 
 def load(path, flag="--ckpt"):
     """Read a checkpoint, ours or foreign, without executing anything in it. Raises UserError.
 
-    Returns the keys of ours. `ema` or `model` is empty where the file has no such weights; the weights of a bare
-    state dict count as averaged ones.
+    Returns the keys of ours. `ema` or `model` is empty where the file has no such weights; those of a bare state dict
+    stand under `ema`, and `bare` is true.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,17 +53,38 @@ def load(path, flag="--ckpt"):
     found = _read_safetensors(path, flag) if path.suffix == ".safetensors" else _read_pickle(path, flag)
     if found.get("format_version", FORMAT) != FORMAT:
         raise UserError(f"{flag} {path}: has format {found['format_version']}, expected {FORMAT}; update this program")
+    wrong = _what_is_wrong(found)
+    if wrong:
+        raise UserError(f"{flag} {path}: not a checkpoint ({wrong})")
     found |= {kind: _without_prefix(found.get(kind) or {}) for kind in ("ema", "model")}
-    weights = found["ema"] or found["model"]
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{flag} {path}: not a checkpoint (found {', '.join(map(str, found))[:80]}; expected `ema` or "
-                        "`model`, or a state dict)")
     if isinstance(found.get("args"), argparse.Namespace):
         found["args"] = vars(found["args"])
     found = {key: found.get(key) for key in SAID} | found
     if found["model_args"] is None:
-        _identify(found, weights, f"{flag} {path}")
+        _identify(found, f"{flag} {path}")
+    weights = found["ema"] or found["model"]
+    if _shapes_of(found["model_args"]) != {key: value.shape for key, value in weights.items()}:
+        raise UserError(f"{flag} {path}: its weights are not those of the {found['model_args'].get('model')} it says "
+                        "it holds")
     return found
+
+
+def _what_is_wrong(found):
+    """Why this dict is no checkpoint, or None."""
+    for kind in ("ema", "model"):
+        weights = found.get(kind)
+        if weights is not None and not isinstance(weights, dict):
+            return f"its `{kind}` is a {type(weights).__name__}, expected a state dict"
+        if weights and not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            return f"its `{kind}` holds other things than tensors"
+    if not (found.get("ema") or found.get("model")):
+        return f"found {', '.join(map(str, found))[:80] or 'nothing'}; expected `ema` or `model`, or a state dict"
+    for key, kinds in (("args", (dict, argparse.Namespace)), ("model_args", dict), ("label_names", list)):
+        if found.get(key) is not None and not isinstance(found[key], kinds):
+            return f"its `{key}` is a {type(found[key]).__name__}"
+    if found.get("model_args") is not None and not isinstance(found.get("args"), dict):
+        return "it has `model_args` but no `args`"
+    return None
 
 
 def _read_pickle(path, flag):
@@ -63,43 +92,59 @@ def _read_pickle(path, flag):
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely ({reason})") from None
+        raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely ({_reason(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"{flag} {path}: not a checkpoint (found {type(found).__name__}, expected a dict)")
     bare = found and all(isinstance(value, torch.Tensor) for value in found.values())
-    return {"ema": found} if bare else found
+    return {"ema": found, "bare": True} if bare else found
+
+
+def _reason(error):
+    """Why torch refused a file, without its advice to load it unsafely."""
+    unsafe = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds a {unsafe[1]}" if unsafe else (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def _read_safetensors(path, flag):
     try:
         with safe_open(path, "pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        return {said.pop("kind", "ema"): weights, **said}
+            header = (file.metadata() or {}).get(METADATA)
+        said = json.loads(header) if header else {"bare": True}
+        if not isinstance(said, dict) or said.keys() & {"ema", "model"} or said.get("kind", "ema") not in KINDS:
+            raise ValueError(f"its header says {str(header)[:40]}")
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{flag} {path}: not a safetensors file ({error})") from None
+        raise UserError(f"{flag} {path}: not a safetensors file that can be read ({error})") from None
+    return {**said, said.get("kind", "ema"): weights}
 
 
 def _without_prefix(weights):
     return {str(key).removeprefix(PREFIX): value for key, value in weights.items()}
 
 
-def _identify(found, weights, where):
+def _identify(found, where):
     """Fill in `model_args` and `args` of a file that does not say what it holds, from the shapes of its weights."""
-    shapes = {key: value.shape for key, value in weights.items()}
-    name, sizes = next(((name, sizes) for name, make in MODELS.items()
-                        if (sizes := make.func.sizes(shapes)) and _shapes_of(make, sizes) == shapes), (None, None))
-    if name is None:
+    shapes = {key: value.shape for key, value in (found["ema"] or found["model"]).items()}
+    for name, make in MODELS.items():
+        sizes = make.func.sizes(shapes)
+        if sizes and _shapes_of({"model": name, **sizes}) == shapes:
+            break
+    else:
         raise UserError(f"{where}: its {len(shapes)} weights fit none of {' '.join(MODELS)}")
     found["model_args"] = {"model": name, **sizes}
     found["args"] = {"image_size": None, "vae": None, "image_space": None, "multi_scale": None, **(found["args"] or {}),
                      "model": name, "num_classes": sizes["num_classes"], "in_channels": sizes["in_channels"]}
 
 
-def _shapes_of(make, sizes):
-    with torch.device("meta"):
-        return {key: value.shape for key, value in make(**sizes).state_dict().items()}
+def _shapes_of(model_args):
+    """Name -> shape of the weights of the model with these arguments; None where there is no such model."""
+    sizes = dict(model_args)
+    try:
+        with torch.device("meta"):
+            model = MODELS[sizes.pop("model")](**sizes)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return {key: value.shape for key, value in model.state_dict().items()}
 
 
 def build(checkpoint, weights="ema"):
@@ -121,15 +166,17 @@ def check_flag(path, name, asked, found):
 def weights_only(checkpoint, kind="ema", half=False):
     """A checkpoint of one kind of weights, `ema` or `model`, and nothing that only training needs."""
     weights = {key: value.half() if half else value for key, value in checkpoint[kind].items()}
-    return {**checkpoint, "ema": {}, "model": {}, kind: weights, "opt": {}, "scaler": {}}
+    return {**checkpoint, "ema": {}, "model": {}, kind: weights, "opt": {}, "scaler": {}, "validated": []}
 
 
 def save_safetensors(path, checkpoint):
     """Write the weights of a checkpoint of one kind (`weights_only`) under their published names."""
     kind = "ema" if checkpoint["ema"] else "model"
-    said = json.dumps({"kind": kind, **{key: checkpoint.get(key) for key in SAID}})
+    kid = checkpoint.get("best_kid")
+    said = json.dumps({"kind": kind, **{key: checkpoint.get(key) for key in SAID},
+                       "best_kid": None if kid == math.inf else kid})  # json has no infinity
     tensors = {key: value.contiguous() for key, value in checkpoint[kind].items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {METADATA: said}))
+    write_atomically(path, lambda temporary: temporary.write_bytes(to_bytes(tensors, {METADATA: said})))
 
 
 def summary(checkpoint):
@@ -138,6 +185,7 @@ def summary(checkpoint):
     size = sum(value.numel() for value in weights.values())
     kinds = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
     held = " and ".join(name for name, key in (("averaged", "ema"), ("raw", "model")) if checkpoint[key])
+    held = "averaged or raw (not said)" if checkpoint.get("bare") else held
     trained, sizes = checkpoint["args"], checkpoint["model_args"]
 
     def said(value, text="{}"):
@@ -147,13 +195,15 @@ def summary(checkpoint):
     return "\n".join([
         f"{sizes['model']}, {size:,} values, {held} weights, {' and '.join(sorted(kinds))}",
         f"step {said(checkpoint['step'])}, epoch {said(checkpoint['epoch'])}, "
-        f"best KID {said(None if kid is None else 1e3 * kid, '{:.2f}e-3')}",
+        f"best KID {said(None if kid in (None, math.inf) else 1e3 * kid, '{:.2f}e-3')}",
         f"{said(trained['image_size'], '{} px')}, VAE {said(checkpoint['codec'] or trained['vae'])}, "
         f"{sizes['num_classes']} labels: {said(checkpoint['label_names'] and ' '.join(checkpoint['label_names']))}"])
 
 
 def main():
     args = parser().parse_args()
+    if args.to and not args.to.parent.is_dir():
+        raise UserError(f"--to {args.to}: no such folder as {args.to.parent}; make it first")
     checkpoint = load(args.file, flag="FILE")
     print(summary(checkpoint))
     if args.to is None:

@@ -20,11 +20,16 @@ def start(precision="fp32"):
     Returns accelerate's PartialState (`process_index`, `num_processes`, `device`, `wait_for_everyone`):
     CUDA with nccl where there is a GPU, else CPU with gloo.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     state = PartialState(cpu=not torch.cuda.is_available())
-    if precision == "fp16" and state.device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; give bf16 or fp32")
+    allow(precision, state.device)
     return state
+
+
+def allow(precision, device):
+    """Let this process compute in this precision. Raises UserError for fp16 without a GPU."""
+    if precision == "fp16" and torch.device(device).type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; give bf16 or fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(precision, device):

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion import create_diffusion, multiscale, samplers
+from models import MODELS
 from pipeline import checkpoint as checkpoints
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, number
@@ -75,6 +76,8 @@ def add_flags(p, default_data_path):
     p.add_argument("--image-space", action="store_true", default=None,
                    help="the model diffuses pixels (default: as the checkpoint says)")
     p.add_argument("--vae", help="ema, mse, retina or a folder (default: the checkpoint's)")
+    p.add_argument("--multi-scale", action="store_true", default=None,
+                   help="the model was trained so (default: as the checkpoint says)")
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
     p.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="denoising steps")
     p.add_argument("--sampler", choices=samplers.SAMPLERS, default="ddpm", help="ancestral, DDIM or DPM-Solver++(2M)")
@@ -117,12 +120,13 @@ def run(args, labels_of, folder_name, csv_name):
     labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
     process = runtime.start(args.precision)
     codec = open_trained_codec(args, checkpoint, process.device)
+    check_fit(args, checkpoint, codec)
     folder = args.sample_dir / sample_folder(args, trained)
     model = checkpoints.build(checkpoint, args.weights).to(process.device)
     if args.compile:
         model.compile_parts()
     label_file = folder / f"{csv_name}_{args.fold}.npy"
-    claim(folder, settings(args, checkpoint, model), label_file, labels.numpy().astype(int), process)
+    claim(folder, settings(args, checkpoint, model, codec), label_file, labels.numpy().astype(int), process)
     if process.is_main_process:
         if checkpoint["assumed"]:
             print(f"{args.ckpt} does not say all; taken: " +
@@ -157,11 +161,11 @@ def load_matching(args):
     """The checkpoint, after checking every flag that it already answers; what it leaves open, the flags answer."""
     checkpoint = checkpoints.load(args.ckpt)
     trained = checkpoint["args"]
-    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae"):
+    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae", "multi_scale"):
         checkpoints.check_flag(args.ckpt, name, getattr(args, name), trained[name])
     checkpoint["assumed"] = [name for name in UNSAID if trained[name] is None]
     for name in checkpoint["assumed"]:
-        asked = getattr(args, name, None)
+        asked = getattr(args, name)
         trained[name] = UNSAID[name] if asked is None else asked
     if not checkpoint.get(args.weights):
         raise UserError(f"--weights {args.weights}: {args.ckpt} holds none; give the other")
@@ -176,6 +180,18 @@ def open_trained_codec(args, checkpoint, device):
         raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
                         f"{checkpoint['codec']}; restore that VAE")
     return codec
+
+
+def check_fit(args, checkpoint, codec):
+    """Refuse an image size or autoencoder that a checkpoint cannot be run with; foreign files do not say theirs."""
+    trained, sizes = checkpoint["args"], checkpoint["model_args"]
+    cells = cells_per_side(trained["image_size"], codec)
+    if sizes["in_channels"] != codec.channels:
+        raise UserError(f"--vae {trained['vae']}: has {codec.channels} channels, {args.ckpt} was trained on "
+                        f"{sizes['in_channels']}; give the VAE it was trained with")
+    if not MODELS[sizes["model"]].func.any_grid and cells != sizes.get("input_size", cells):
+        raise UserError(f"--image-size {trained['image_size']}: {cells} cells per side, {args.ckpt} works on "
+                        f"{sizes['input_size']}; give --image-size {sizes['input_size'] * codec.factor}")
 
 
 def write_missing(model, codec, labels, images, process, options):
@@ -206,10 +222,10 @@ def sample_folder(args, trained):
             f"cfg-{args.cfg_scale}-seed-{args.global_seed}{sampler}")
 
 
-def settings(args, checkpoint, model):
+def settings(args, checkpoint, model, codec):
     """What the pixels of a sample folder depend on, beyond its name and the labels."""
     return {"weights": args.weights, "precision": args.precision, "step": checkpoint["step"],
-            "vae": checkpoint["codec"], "run": checkpoint["run"], "label_names": checkpoint["label_names"],
+            "vae": codec.identity, "run": checkpoint["run"], "label_names": checkpoint["label_names"],
             "unguided_state": args.unguided_state if args.cfg_scale == 1 else "hidden",
             "cfg_interval": args.cfg_interval,
             "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
@@ -222,8 +238,9 @@ def claim(folder, wanted, label_file, labels, process):
     """
     file = folder / "settings.json"
     found = json.loads(file.read_text()) if file.is_file() else None
-    if found is not None and found != wanted:
-        key = next(key for key in wanted if found.get(key) != wanted[key])
+    odd = [key for key in wanted if found is not None and found.get(key) != wanted[key]]
+    if odd:
+        key = odd[0]
         raise UserError(f"{folder}: holds images of another checkpoint ({key} {found.get(key)}, now {wanted[key]}); "
                         "remove it or give another --sample-dir")
     before = np.load(label_file) if label_file.is_file() else labels[:0]

@@ -15,6 +15,13 @@ def generator(seed, *where):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def on_device(tensor, device):
+    """What was drawn on the CPU, on `device`; the host of a GPU does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def per_image(draw, shape, generators):
     """Stack `draw(*shape, generator=g)` over the generators g of n images: (n, *shape), on the CPU."""
     return torch.stack([draw(*shape, generator=g) for g in generators])

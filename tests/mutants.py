@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.cli import Parser, integer, run  # noqa: E402
+from pipeline.cli import Parser, UserError, integer, run  # noqa: E402
 
 TESTS = ["tests/test_parity.py", "tests/test_automaton.py", "tests/test_diffusion.py", "tests/test_training.py"]
 MUTANTS = [  # description, file, what stands there, the mistake
@@ -125,6 +125,8 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "results*", "data", "store", "docs"))
+        if first_failure(copy):
+            raise UserError(f"without any mistake {first_failure(copy)} fails; mend it first")
         for description, file, right, wrong in MUTANTS[args.skip:]:
             if args.only not in description:
                 continue

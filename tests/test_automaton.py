@@ -141,6 +141,34 @@ def test_half_precision_in_training(again):
         assert 0 < error < 0.03, (name, error.item())
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_backward_cannot_do_is_refused(again):
+    """A weight that changed since the call, and a second derivative: an error, not a wrong gradient."""
+    model, (x, t, y) = small_geca(), inputs(2, 4, 4)
+    model.checkpoint_steps = again
+    out, _ = model(x, t, y, None, generators(2))
+    with torch.no_grad():
+        model.transformer.layers[0][1].fn.net[3].weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(model(x, t, y, None, generators(2))[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_frozen_weights_and_other_dtypes():
+    model, (x, t, y) = small_geca(), inputs(2, 4, 5)
+    model.transformer.requires_grad_(False)
+    model(x, t, y, None, generators(2))[0].sum().backward()
+    assert model.final_layer.linear.weight.grad is not None and model.transformer.layers[0][0].norm.weight.grad is None
+    exact = model(x, t, y, None, generators(2))[0]
+    double = model.double()(x.double(), t, y.double(), None, generators(2))[0]
+    assert double.dtype == torch.float64 and largest_relative(exact.double(), double) < 1e-4
+    half = model.bfloat16()(x.bfloat16(), t, y.bfloat16(), None, generators(2))[0]
+    assert half.dtype == torch.bfloat16 and largest_relative(half.double(), double) < 0.1
+
+
 def test_training_keeps_little():
     """Kept for backward: of each firing cell and step its old state, key and value, and results of products."""
     model, (x, t, y) = MODELS["GeCA-XS"](num_classes=3), inputs(2, 16, 16, channels=4)

@@ -21,11 +21,24 @@ def test_the_plain_implementation_computes_the_same():
 
 
 def test_all_variants_do_the_same_work():
-    """Guided step and training step call every variant alike: same result, same gradients."""
-    case = bench.Case("GeCA-XS", 4, 2, "cpu")
-    outs = [case.call(variant)(case.x, torch.tensor([5, 5]), case.y, None, case.generators("cells"))[0]
-            for variant in bench.variants("GeCA-XS", "train")]
-    assert len(outs) == 4 and all(largest_relative(out, outs[0]) < 1e-5 for out in outs[1:])
+    """Every variant of a training step finds the same result and the same gradients."""
+    case, found = bench.Case("GeCA-XS", 4, 2, "cpu"), []
+    case.y += 1  # labels that are asked for: their table has gradients too
+    for variant in bench.variants("GeCA-XS", "train"):
+        case.model.zero_grad()
+        out, _ = case.call(variant)(case.x, torch.tensor([5, 5]), case.y, None, case.generators("cells"))
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in case.model.parameters())])
+    assert len(found) == 4
+    for other in found[1:]:
+        assert all(largest_relative(a, b) < 1e-4 for a, b in zip(other, found[0], strict=True))
+
+
+def test_impossible_settings_are_one_line(tmp_path):
+    for more in (("--models", "DiT-S/8", "--cells", 4), ("--json", tmp_path / "no" / "b.json"),
+                 *([("--precision", "fp16")] if not torch.cuda.is_available() else [])):
+        done = call_script("benchmarks/bench.py", "--no-memory", "--rounds", 1, *more)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_operations_are_those_of_the_matrix_products():

@@ -1,8 +1,10 @@
 """Checkpoints: safe to read, whole or not there, enough to rebuild the net, and readable both ways."""
 
 import argparse
+import math
 import os
 import pickle
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -75,6 +77,7 @@ def test_bare_weights_are_read(tmp_path, geca, prefix, write, name):
     write({prefix + key: value for key, value in geca.state_dict().items()}, tmp_path / name)
     found = checkpoints.load(tmp_path / name)
     assert same_weights(checkpoints.build(found).state_dict(), geca) and not found["model"]
+    assert "averaged or raw (not said) weights" in checkpoints.summary(found)
     assert found["args"]["image_size"] is None and found["args"]["vae"] is None
 
 
@@ -154,6 +157,15 @@ def test_only_the_flags_class_is_let_in(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
+    ({"model": "resnet50", "state_dict": {}}, "its `model` is a str"), ({"ema": [1]}, "its `ema` is a list"),
+    ({"model": torch.ones(2), "x": 1}, "its `model` is a Tensor"),
+    ({"ema": {"a": torch.ones(1)}, "args": "x"}, "its `args` is a str"),
+    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-XS"}}, "no `args`"),
+    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-Q"}, "args": {}}, "not those of the GeCA-Q"),
+    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "DiT-S", "wings": 2}, "args": {}}, "not those of the DiT-S"),
+    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-XS"}, "args": {}}, "not those of the GeCA-XS"),
+    ({"pos_embed": torch.ones(1, 4, 8), "patch_embed.proj.weight": torch.ones(1)}, "2 weights fit none"),
+    ({"cell_to_embedding.weight": torch.ones(2, 3)}, "1 weights fit none"),
     ({"model": {}, "ema": {}}, "not a checkpoint"), ({}, "not a checkpoint"), ([1, 2], "found list"),
     ({"format_version": 99, "ema": {"a": torch.ones(1)}}, "has format 99, expected 1"),
     ({"ema": {"a": 1}}, "not a checkpoint"), ({"a": torch.ones(1)}, "its 1 weights fit none of GeCA-S")])
@@ -162,6 +174,31 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
     with pytest.raises(UserError, match=rf"--load-from .*c\.pt: .*{words}") as error:
         checkpoints.load(tmp_path / "c.pt", "--load-from")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["[1]", '"a"', "null", '{"kind": [1]}', '{"ema": "x"}', '{"args": "x"}', "{"])
+def test_a_safetensors_header_that_makes_no_sense_is_one_line(tmp_path, geca, header):
+    save_file(geca.state_dict(), tmp_path / "c.safetensors", {"checkpoint": header})
+    with pytest.raises(UserError, match=r"c\.safetensors") as error:
+        checkpoints.load(tmp_path / "c.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_unsafe_is_named_and_no_advice_to_load_it_is_given(tmp_path, geca):
+    torch.save(published(geca, home=PurePosixPath("a")), tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"it holds a pathlib\S*\)$"):
+        checkpoints.load(tmp_path / "c.pt")
+
+
+def test_a_folder_that_does_not_exist_and_a_run_before_its_first_validation(tmp_path):
+    _, checkpoint = small_checkpoint()
+    checkpoints.save(tmp_path / "c.pt", {**checkpoint, "best_kid": math.inf, "validated": [torch.ones(3)]})
+    done = call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "no" / "o.pt")
+    assert done.returncode == 2 and "no such folder" in done.stderr
+    for name in ("o.pt", "o.safetensors"):
+        out = succeeded(call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name))
+        assert "best KID not said" in out
+        assert checkpoints.load(tmp_path / name).get("validated") in (None, [])
 
 
 def test_a_damaged_safetensors_file_is_one_line(tmp_path):
@@ -175,8 +212,8 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     _, checkpoint = small_checkpoint()
     checkpoints.save(tmp_path / "c.pt", checkpoint)
 
-    def die_half_way(state, path):
-        path.write_bytes(b"half")
+    def die_half_way(state, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", die_half_way)
