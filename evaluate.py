@@ -57,6 +57,7 @@ def main():
     sizes = [args.subset_size or len(s.paths) // 4 for s in generated]  # ⌊n/4⌋ as in the paper
     for s, size in zip(generated, sizes, strict=True):
         check_subset_size(size, real=len(real.paths), generated=len(s.paths), training=len(training.paths))
+    make_folder(args.output)  # if it cannot be, better now than later
     state = runtime.start()
     spaces = open_spaces(args.features, args.device_list or [state.device])
     for s in generated:
@@ -105,6 +106,8 @@ def open_generated(folder, fold, label_names):
             raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, expected those of --real: "
                             f"{' '.join(label_names)}")
         return ImageSet(name, folder, split.image_paths, split.labels)
+    if (folder / f"val_syn_{fold}.npy").is_file():  # the sampler writes it first and the CSV last
+        raise UserError(f"--gen {folder}: its sampling is unfinished (no val_syn_{fold}.csv); run the sampler again")
     for place in (folder / "gen_samples_val", folder):
         paths = sorted(p for p in place.glob("*.png") if not p.name.startswith(PICTURE))
         if paths:
@@ -203,9 +206,16 @@ def match(wanted, labels, order):
     return [free.pop(0) if i is None and free else i for i in found]
 
 
-def write_results(args, report, text, image):
+def make_folder(path):
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error})") from None
+
+
+def write_results(args, report, text, image):
+    make_folder(args.output)
+    try:
         write_text(args.output / f"metrics_{args.fold}.json", json.dumps(report, indent=1) + "\n")
         write_text(args.output / f"metrics_{args.fold}.txt", text + "\n")
         write_atomically(args.output / f"{PICTURE}_{args.fold}.png", lambda path: image.save(path, "PNG"))
@@ -228,9 +238,10 @@ def device(text):
 def check_devices(devices):
     """Raise UserError for a GPU that this machine does not have."""
     for found in devices:
-        if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device-list {found}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                            "give one of them, or cpu")
+        count = torch.cuda.device_count()
+        if found.type == "cuda" and (found.index or 0) >= count:
+            raise UserError(f"--device-list {found}: this machine has {count or 'no'} CUDA device(s); give "
+                            f"{'one of them or ' if count else ''}cpu")
 
 
 def parser():

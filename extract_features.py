@@ -36,8 +36,8 @@ def main():
     if found is not None and not latents.differences(found, manifest):
         return say(process, f"{target}: complete already, {len(split)} images")
     if target.exists():
-        wrong = latents.differences(found, manifest)[0] if found else "manifest.json"
-        raise UserError(f"{target}: holds other features (its {wrong} differs); remove it or give another path")
+        wrong = f"its {latents.differences(found, manifest)[0]} differs" if found else "it has no manifest.json"
+        raise UserError(f"{target}: holds other features ({wrong}); remove it or give another path")
 
     ids = range(*share(len(split), process.process_index, process.num_processes))
     check_images([split.image_paths[i] for i in ids], args.num_workers)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on this machine, in about ten minutes on two CPU cores (after installation):
+# The whole pipeline on this machine, in about ten minutes on two CPU cores (after installation; longer where a data
+# root has many validation images, since one is sampled for each):
 #
 #   ./quickstart.sh                 on retinal OCT phantoms, which it draws itself
 #   ./quickstart.sh --data ROOT     on a data root made with prepare_data.py
@@ -8,8 +9,9 @@
 # Options: --minutes N (training time, default 3), --output DIR (default runs/quickstart[-ROOT]). The same command
 # continues a run that was stopped.
 set -euo pipefail
+FROM=$PWD
 cd "$(dirname "$0")"
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 DATA="" MINUTES=3 OUTPUT=""
 while [ $# -gt 0 ]; do
     case "$1" in --help|-h) usage; exit 0 ;; esac
@@ -22,9 +24,12 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-case "$MINUTES" in
-    ''|*[!0-9.]*|0) echo "quickstart.sh: error: --minutes $MINUTES: expected a number above 0" >&2; exit 2 ;;
-esac
+[[ $MINUTES =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && $MINUTES =~ [1-9] ]] || {
+    echo "quickstart.sh: error: --minutes $MINUTES: expected a number above 0" >&2; exit 2; }
+here() { case "$1" in ''|/*) echo "$1" ;; *) echo "$FROM/$1" ;; esac; }  # as seen from where the command was given
+DATA=$(here "$DATA") OUTPUT=$(here "$OUTPUT")
+[ -z "$DATA" ] || [ -f "$DATA/train_0.csv" ] || {
+    echo "quickstart.sh: error: --data $DATA: no train_0.csv there; make a data root with prepare_data.py" >&2; exit 2; }
 OUTPUT=${OUTPUT:-runs/quickstart${DATA:+-$(basename "$DATA")}}
 source scripts/setup.sh
 
@@ -41,7 +46,7 @@ python extract_features.py --data-path "$DATA" --features-path "$OUTPUT/features
 
 step "3 training: the bundled GeCA-XS (trained on phantoms) learns for $MINUTES more minutes"
 python train.py --model GeCA-XS --data-path "$DATA" --feature-path "$OUTPUT/features" --fold 0 --vae retina \
-    --image-size 64 --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --global-batch-size 32 --lr 2e-4 \
+    --image-size 64 --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --global-batch-size 32 --lr 1e-4 \
     --ema-decay 0.999 --max-minutes "$MINUTES" --val-samples 16 --num-sampling-steps 50 --log-every 50 \
     --ckpt-every 100 --results-dir "$OUTPUT/results"
 RUN=$(ls -dt "$OUTPUT"/results/*-GeCA-XS-0 | head -n 1)

@@ -12,7 +12,7 @@ from pipeline.data import read_split
 
 
 def labels_of(args, checkpoint):
-    split = read_split(args.data_path, f"val_{args.fold}", checkpoint["args"]["num_classes"])
+    split = read_split(args.data_path, f"val_{args.fold}")
     return split.labels, split.label_names
 
 

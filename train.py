@@ -1,4 +1,4 @@
-"""Train a denoiser on the latent cache of one fold.
+r"""Train a denoiser on the latent cache of one fold.
 
     python train.py --model GeCA-XS --data-path data/oct --feature-path store/oct --fold 0 --vae retina \
         --image-size 64 --global-batch-size 32 --epochs 200 --validate-every 50
@@ -12,6 +12,8 @@ images, guidance; the KID is computed afresh each time.
 
 import copy
 import math
+import signal
+import sys
 import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -39,6 +41,8 @@ from pipeline.vae import cells_per_side, open_codec, same_weights
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
                 "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
+AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
+SAVE_MINUTES = 5  # last_ckpt.pt is written at least so often
 RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
             "validation_kid": "accumulated", "val_samples": 24, "num_sampling_steps": 1000, "cfg_scale": 1.0,
             "unguided_state": "whole"}  # --as-released
@@ -137,8 +141,8 @@ class Training:
         return generator(self.args.global_seed, "latent", self.step, place)
 
     def ema_decay(self):
-        """Warm-up: early averages must forget the start, or they hold half of it after 7,000 steps."""
-        if not self.args.ema_warmup:  # as published
+        """Warm-up: early averages must forget random weights, or they hold half of them after 7,000 steps."""
+        if not self.args.ema_warmup or self.args.load_from:  # as published; or the start is worth keeping
             return self.args.ema_decay
         return min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
 
@@ -174,15 +178,15 @@ def start_from(net, path, label_names, codec):
     kind = "ema" if checkpoint["ema"] else "model"
     weights = {key: value.float() for key, value in checkpoint[kind].items()}
     own, sizes = net.state_dict(), checkpoint["model_args"]
+    odd = sorted(set(weights) ^ set(own)) or [k for k in own if k != LABEL_TABLE and own[k].shape != weights[k].shape]
+    if odd:
+        raise UserError(f"--load-from {path}: holds a {sizes['model']}, whose {odd[0]} does "
+                        "not fit; give the same --model and sizes")
     theirs = checkpoint["label_names"]  # None: not named, so that only their number can be compared
     if theirs != (theirs and list(label_names)) or sizes["num_classes"] != len(label_names):
         weights[LABEL_TABLE] = own[LABEL_TABLE]
         PartialState().print(f"--load-from {path}: its labels are {' '.join(theirs or ['others'])}; the label "
                              "table starts anew")
-    odd = sorted(set(weights) ^ set(own)) or [k for k in own if own[k].shape != weights[k].shape]
-    if odd:
-        raise UserError(f"--load-from {path}: holds a {sizes['model']}, whose {odd[0]} does "
-                        "not fit; give the same --model and sizes")
     net.load_state_dict(weights)
 
 
@@ -252,13 +256,33 @@ class Validation:
         write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def train(args, training, validation, log, about):
-    """Run until --epochs or --max-minutes; validate, save, log on the way."""
+class Interruption:
+    """Within it, Ctrl-C or a kill is noted, so that training can stop between two steps; a second one is obeyed."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, kind, frame):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+def train(args, training, validation, log, about, interruption):
+    """Run until --epochs, --max-minutes or an interruption; validate, save, log on the way. Was it interrupted?"""
     accelerator, total = training.accelerator, args.epochs * training.steps_per_epoch
     started, window, losses = time.time() - 60 * training.minutes, time.time(), []
+    saved = time.time()
 
     def save(name):
-        training.minutes = (time.time() - started) / 60
+        nonlocal saved
+        saved = time.time()
+        training.minutes = (saved - started) / 60
         if accelerator.is_main_process:
             checkpoints.save(log.folder / "checkpoints" / name, training.state(**about))
         accelerator.wait_for_everyone()
@@ -274,12 +298,24 @@ def train(args, training, validation, log, about):
             training.best_kid = found
             save("best_ckpt.pt")
 
-    bar = tqdm(initial=training.step, total=total, unit="step", mininterval=5, disable=not log.active)
-    timed_out = 0 < args.max_minutes <= training.minutes
-    while training.step < total and not timed_out:
+    def agree(*flags):
+        """Which of these hold on any process: all must do the same."""
+        flags = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+        return (accelerator.reduce(flags, "sum") > 0).tolist()
+
+    # With a time limit the number of steps to come is unknown, and so is the time they take.
+    bar = tqdm(initial=training.step, total=None if args.max_minutes else total, unit="step", mininterval=5,
+               disable=not log.active)
+    timed_out, stopped, due = 0 < args.max_minutes <= training.minutes, False, False
+    while training.step < total and not timed_out and not stopped:
         losses.append(training.train_step())
         bar.update()
-        if training.step % args.log_every == 0:
+        if training.step % AGREE_EVERY == 0:
+            now = time.time()
+            timed_out, stopped, due = agree(0 < args.max_minutes < (now - started) / 60, interruption.asked,
+                                            now - saved > 60 * SAVE_MINUTES)
+        last = training.step == total or timed_out
+        if training.step % args.log_every == 0 or last:
             loss = accelerator.reduce(torch.stack(losses).mean(), "sum").item()
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {training.step}; lower --lr or use bf16 for fp16")
@@ -288,20 +324,21 @@ def train(args, training, validation, log, about):
                      f"{rate * training.batch:.1f} images/s")
             log.metrics(training.step, loss=loss, steps_per_second=rate, images_per_second=rate * training.batch)
             losses, window = [], time.time()
-        if args.max_minutes and training.step % 5 == 0:  # all processes must agree
-            late = torch.tensor(float(time.time() - started > 60 * args.max_minutes), device=accelerator.device)
-            timed_out = accelerator.reduce(late, "sum").item() > 0
         end_of_epoch = training.step % training.steps_per_epoch == 0
-        last = training.step == total or timed_out
         if last or (end_of_epoch and training.epoch % args.validate_every == 0):
             paused = time.time()
             validate()
             window += time.time() - paused  # the rate is that of training
-        if last or training.step % args.ckpt_every == 0:
+        if last or stopped or due or training.step % args.ckpt_every == 0:
             save("last_ckpt.pt")
+            due = False
     bar.close()
+    if stopped:
+        log.text(f"stopped at step {training.step}; the same command continues")
+        return True
     reason = f"after --max-minutes {args.max_minutes}" if timed_out else "complete"
     log.text(f"{reason}: epoch {training.epoch}, step {training.step}, best KID {1e3 * training.best_kid:.2f}e-3")
+    return False
 
 
 def main():
@@ -318,7 +355,7 @@ def main():
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU (there is no loss scaling on a CPU); give bf16 or no")
     codec = open_codec(args.vae, args.image_space, accelerator.device)
-    latents.check(cache, latents.manifest_of(training_split, codec, args.image_size), codec,
+    latents.check(cache, latents.manifest_of(training_split, codec, args.image_size), training_split.labels, codec,
                   cells_per_side(args.image_size, codec))
     if args.in_channels is not None and args.in_channels != codec.channels:
         raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
@@ -337,23 +374,41 @@ def main():
                  "validation_images": fingerprint(validation_split)}  # other data or VAE: another run
     folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
     training = Training(args, accelerator, cache, label_names, codec)
+    make_folder(args.results_dir)  # if it cannot be, better now than later
     last = folder / "checkpoints" / "last_ckpt.pt"
     validation = Validation(args, accelerator, codec, validation_split)
     if exists and last.is_file() and training.restore(last) != validation.features.identity:
         training.best_kid, training.validated = math.inf, []  # measured in another feature space
     accelerator.wait_for_everyone()  # every process has looked for the run before the first one makes it
-    log = runs.RunLog(folder, settings, accelerator.is_main_process)
+    log = runs.RunLog(folder, settings, accelerator.is_main_process, training.step)
     log.text(f"run {folder}: {args.model}, {sum(p.numel() for p in training.ema.parameters()):,} parameters, "
              f"{len(cache)} images, {training.steps_per_epoch} steps of {training.batch} per epoch, "
-             f"{accelerator.num_processes} process(es) on {accelerator.device}, {accelerator.mixed_precision}")
-    if training.step:
-        log.text(f"continuing from step {training.step}")
+             f"{accelerator.num_processes} process(es) on {accelerator.device}, mixed precision "
+             f"{accelerator.mixed_precision}")
+    if exists:
+        log.text(f"continuing from step {training.step}" if training.step else "no checkpoint yet: starting again")
+    if not cache.manifest:
+        log.text(f"{cache.path}: does not say which VAE made it; --vae must be right")
+    shared = {*training_split.patients} & {*validation_split.patients}
+    if shared:
+        log.text(f"warning: {len(shared)} patient(s) train and validate, {min(shared)} the first: scores will flatter")
     about = {"args": {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
                       for k, v in vars(args).items()},
              "label_names": label_names, "codec": codec.identity, "run": folder.name,
              "features": validation.features.identity}
-    train(args, training, validation, log, about)
+    with Interruption() as interruption:
+        stopped = train(args, training, validation, log, about, interruption)
     log.close()
+    if stopped:
+        stop()
+        sys.exit(130)
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results-dir {path}: cannot be made ({error})") from None
 
 
 def parser():

@@ -55,7 +55,7 @@ def asynchronous(rule, base, state, m, fire, grid):
 
 
 class Step:
-    """Which rows of the flattened (N·L) cells one step computes; as many of each image.
+    """Which rows of the flattened (N·L) cells one step computes: the same number of each image.
 
     `rows` (N·R,) the cells that fire. R is the largest number of firing cells of any image; an image with fewer is
     filled up with cells that do not fire, where `fires` (N, R, 1) is 0. So every image has the same number of rows, and

@@ -53,10 +53,16 @@ def read_split(root, name, num_classes=None):
         reader = csv.DictReader(file)
         columns, rows = reader.fieldnames or [], list(reader)
     if "filename" not in columns:
-        raise UserError(f"{path}: no column `filename` (found: {', '.join(columns) or 'an empty file'})")
+        found = ", ".join(map(repr, columns)) or "an empty file"
+        raise UserError(f"{path}: no column `filename` (found: {found[:80]}; expected UTF-8, separated by commas)")
     if not rows:
         raise UserError(f"{path}: holds no image; prepare more patients or fewer folds")
     label_names = tuple(c for c in columns if c not in NOT_LABELS and c not in INDEX_NAMES)
+    if not label_names:
+        raise UserError(f"{path}: no label column (found: {', '.join(columns)}); add one of 0 and 1 for each label")
+    ragged = next((i for i, row in enumerate(rows) if None in row or None in row.values()), None)
+    if ragged is not None:
+        raise UserError(f"{path}, row {ragged + 1}: expected {len(columns)} cells, as in the first line")
     if num_classes is not None and num_classes != len(label_names):
         raise UserError(
             f"--num-classes {num_classes}: {path} has {len(label_names)} labels "
@@ -69,10 +75,19 @@ def read_split(root, name, num_classes=None):
         label_names=label_names,
         patients=tuple(row.get("patient_name") or row["filename"] for row in rows),
     )
+    if len(set(split.filenames)) < len(split):
+        twice = next(f for f in split.filenames if split.filenames.count(f) > 1)
+        raise UserError(f"{path}: names {twice} more than once; keep one row for each image")
     missing = [p for p in split.image_paths if not p.is_file()]
     if missing:
         raise UserError(f"{path}: names {len(missing)} missing file(s), the first is {missing[0]}")
     return split
+
+
+def file_sizes(split):
+    """SHA-256 of the sizes of the image files of a split: cheap, and most exchanged images change it."""
+    sizes = [path.stat().st_size for path in split.image_paths]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def fingerprint(split):
@@ -115,9 +130,9 @@ def load_image(path, size=None):
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # PIL would clip these to 255
-                raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
+                raise ValueError(f"mode {image.mode}, expected 8 bits per channel: convert it")
             image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
         raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
     return np.asarray(image if size is None else center_crop(image, size))
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli import UserError
-from pipeline.data import fingerprint
+from pipeline.data import file_sizes, fingerprint
 from pipeline.files import write_atomically, write_text
 from pipeline.vae import same_weights
 
@@ -49,7 +49,7 @@ def manifest_of(split, codec, image_size):
     """What a cache of these images through this codec must say of itself."""
     return {
         "format": FORMAT, "vae": codec.identity, "image_size": image_size, "label_names": list(split.label_names),
-        "csv": split.path.name, "csv_sha256": fingerprint(split),
+        "csv": split.path.name, "csv_sha256": fingerprint(split), "image_bytes": file_sizes(split),
         "filenames": list(split.filenames),
     }
 
@@ -57,7 +57,7 @@ def manifest_of(split, codec, image_size):
 def differences(found, expected):
     """Names of the manifest entries that differ, most telling first."""
     foreign = [] if same_weights(found.get("vae"), expected["vae"]) else ["vae"]
-    return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames")
+    return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames", "image_bytes")
                       if found.get(key) != expected[key]]
 
 
@@ -126,7 +126,15 @@ def _whole(file, read):
         raise UserError(f"{file}: damaged ({error}); remove {file.parent} and extract again") from None
 
 
-def check(cache, expected, codec, cells):
+CHANGED = {"csv_sha256": "{csv} has changed", "filenames": "{csv} has changed", "image_bytes": "images have changed"}
+
+
+def same_rows(a, b):
+    """Do two label tables hold the same rows, in whatever order? The published layout keeps no names."""
+    return sorted(map(tuple, torch.as_tensor(a).tolist())) == sorted(map(tuple, torch.as_tensor(b).tolist()))
+
+
+def check(cache, expected, labels, codec, cells):
     """Refuse a cache that was not made from this data by this codec; the published layout can only be measured."""
     shape = (codec.channels, cells, cells)
     if tuple(cache.mean.shape[2:]) != shape:
@@ -136,7 +144,12 @@ def check(cache, expected, codec, cells):
     if tuple(cache.labels.shape) != shape:
         raise UserError(f"{cache.path}: {len(cache)} latents with {cache.labels.shape[1]} labels, but "
                         f"{expected['csv']} has {shape[0]} images with {shape[1]}; extract again")
+    if not cache.manifest and not same_rows(cache.labels, labels):
+        raise UserError(f"{cache.path}: its labels are not those of {expected['csv']}; extract again")
     wrong = differences(cache.manifest, expected) if cache.manifest else []
+    if wrong and wrong[0] in CHANGED:
+        raise UserError(f"{cache.path}: {CHANGED[wrong[0]].format(**expected)} since extraction; remove it and extract "
+                        "again")
     if wrong:
         found, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))
         raise UserError(f"{cache.path}: {wrong[0]} is {found}, expected {wanted}; give the flags it was made with "

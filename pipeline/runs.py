@@ -38,15 +38,23 @@ def _settings(path):
 class RunLog:
     """log.txt and the screen, metrics.jsonl, TensorBoard; silent on all processes but the first."""
 
-    def __init__(self, folder, settings, active):
+    def __init__(self, folder, settings, active, step=0):
+        """`step`: where the run goes on; what was logged after it is forgotten, since it comes again."""
         self.folder, self.active = Path(folder), active
         if not active:
             return
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "settings.json", json.dumps(settings, indent=1) + "\n")
-        self.board = SummaryWriter(self.folder)
+        self.board = SummaryWriter(self.folder, purge_step=step + 1)
+        self._forget_after(step)
         self.text("command: " + " ".join(sys.argv))
         self.text(f"versions: {versions()}")
+
+    def _forget_after(self, step):
+        file = self.folder / "metrics.jsonl"
+        if file.is_file():
+            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_text(file, "".join(f"{line}\n" for line in kept))
 
     def text(self, line):
         """One line to the screen and log.txt."""

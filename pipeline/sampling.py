@@ -114,9 +114,10 @@ def run(args, labels_of, folder_name, csv_name):
     labels, label_names = labels_of(args, checkpoint)
     if checkpoint["label_names"] is None:  # the published layout counts its labels but does not name them
         checkpoint["label_names"] = list(label_names)
-    if list(label_names) != checkpoint["label_names"]:
-        raise UserError(f"{args.data_path}: labels {' '.join(label_names)}, but {args.ckpt} was trained on "
-                        f"{' '.join(checkpoint['label_names'])}")
+    wanted = checkpoint["model_args"]["num_classes"]
+    if list(label_names) != checkpoint["label_names"] or len(label_names) != wanted:
+        raise UserError(f"{args.data_path}: {len(label_names)} labels ({' '.join(label_names)}), but {args.ckpt} was "
+                        f"trained on {wanted} ({' '.join(checkpoint['label_names'])})")
     labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
     process = runtime.start(args.precision)
     codec = open_trained_codec(args, checkpoint, process.device)
@@ -199,6 +200,8 @@ def write_missing(model, codec, labels, images, process, options):
     images.mkdir(parents=True, exist_ok=True)
     wanted = range(process.process_index, len(labels), process.num_processes)
     ids = [i for i in wanted if not (images / f"{i:06d}.png").is_file()]
+    if not ids:
+        return
     with (tqdm(total=len(ids) * options["steps"], unit="image-step", mininterval=2,
                disable=not process.is_main_process) as bar, ThreadPoolExecutor(2) as pool):
         written = []
@@ -237,13 +240,16 @@ def claim(folder, wanted, label_file, labels, process):
     Labels may become more or fewer (--expand-ratio), but image k keeps those it was made with.
     """
     file = folder / "settings.json"
-    found = json.loads(file.read_text()) if file.is_file() else None
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else None
+        before = np.load(label_file) if label_file.is_file() else labels[:0]
+    except (ValueError, EOFError, OSError) as error:  # of json or numpy
+        raise UserError(f"{folder}: settings.json or {label_file.name} is damaged ({error}); remove it all") from None
     odd = [key for key in wanted if found is not None and found.get(key) != wanted[key]]
     if odd:
         key = odd[0]
-        raise UserError(f"{folder}: holds images of another checkpoint ({key} {found.get(key)}, now {wanted[key]}); "
-                        "remove it or give another --sample-dir")
-    before = np.load(label_file) if label_file.is_file() else labels[:0]
+        raise UserError(f"{folder}: its images were made with other settings ({key} {found.get(key)}, now "
+                        f"{wanted[key]}); remove it or give another --sample-dir")
     both = min(len(before), len(labels))
     if not np.array_equal(before[:both], labels[:both]):
         raise UserError(f"{folder}: its images were made with other labels ({label_file.name}) than --data-path "

@@ -49,7 +49,7 @@ def test_round_trip_over_two_shards(store, split):
     cache = latents.load(path, 0)
     assert torch.equal(cache.mean, mean) and torch.equal(cache.std, std)
     assert torch.equal(cache.labels, torch.tensor(split.labels))
-    latents.check(cache, latents.manifest_of(split, Codec, 24), Codec, 3)
+    latents.check(cache, latents.manifest_of(split, Codec, 24), split.labels, Codec, 3)
 
 
 def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
@@ -69,15 +69,16 @@ def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
 
 @pytest.mark.parametrize("change, named", [
     ({"vae": "other:5678"}, "vae"), ({"image_size": 32}, "image_size"), ({"label_names": ["A", "C"]}, "label_names"),
-    ({"filenames": [f"{i}.png" for i in range(5)]}, "filenames"), ({"format": 0}, "format")])
+    ({"filenames": [f"{i}.png" for i in range(5)]}, "train_0.csv has changed since extraction"),
+    ({"image_bytes": "0"}, "images have changed since extraction"), ({"format": 0}, "format")])
 def test_a_foreign_or_stale_cache_is_refused(store, split, change, named):
     cache = latents.load(store[0], 0)
-    with pytest.raises(UserError, match=f"{named} is"):
-        latents.check(cache, latents.manifest_of(split, Codec, 24) | change, Codec, 3)
+    with pytest.raises(UserError, match=named if " " in named else f"{named} is"):
+        latents.check(cache, latents.manifest_of(split, Codec, 24) | change, split.labels, Codec, 3)
 
 
 @pytest.mark.parametrize("old, new, message", [
-    (",0,1,", ",1,1,", "csv_sha256 is"),  # one label of one image
+    (",0,1,", ",1,1,", "train_0.csv has changed since extraction"),  # one label of one image
     ("4,images/4.png,1,0,images/4.png\n", "", r"5 latents with 2 labels, but train_0.csv has 4 images"),
 ])
 def test_a_table_that_was_changed_makes_the_cache_stale(store, split, old, new, message):
@@ -86,12 +87,23 @@ def test_a_table_that_was_changed_makes_the_cache_stale(store, split, old, new, 
     assert split.path.read_text() != text
     changed = latents.manifest_of(read_split(split.path.parent, "train_0"), Codec, 24)
     with pytest.raises(UserError, match=message):
-        latents.check(latents.load(store[0], 0), changed, Codec, 3)
+        latents.check(latents.load(store[0], 0), changed, split.labels, Codec, 3)
+
+
+def test_an_exchanged_image_is_noticed(store, split):
+    """By its size; the published layout keeps no manifest, and its labels must be those of the table."""
+    split.image_paths[2].write_bytes(b"another image")
+    with pytest.raises(UserError, match="images have changed"):
+        latents.check(latents.load(store[0], 0), latents.manifest_of(split, Codec, 24), split.labels, Codec, 3)
+    published = dataclasses.replace(latents.load(store[0], 0), manifest={})
+    latents.check(published, latents.manifest_of(split, Codec, 24), split.labels[::-1].copy(), Codec, 3)
+    with pytest.raises(UserError, match="labels are not those of train_0"):
+        latents.check(published, latents.manifest_of(split, Codec, 24), 1 - split.labels, Codec, 3)
 
 
 def test_the_same_weights_under_another_folder_name_are_no_foreigner(store, split):
     cache = latents.load(store[0], 0)
-    latents.check(cache, latents.manifest_of(split, Codec, 24) | {"vae": "renamed:1234"}, Codec, 3)
+    latents.check(cache, latents.manifest_of(split, Codec, 24) | {"vae": "renamed:1234"}, split.labels, Codec, 3)
 
 
 def test_a_lost_shard_is_noticed(store):
@@ -117,7 +129,7 @@ def test_a_missing_fold_names_those_that_are_there(store):
 def test_wrong_grid_is_refused(store, split):
     cache = latents.load(store[0], 0)
     with pytest.raises(UserError, match="shape"):
-        latents.check(cache, latents.manifest_of(split, Codec, 24), Codec, 4)
+        latents.check(cache, latents.manifest_of(split, Codec, 24), split.labels, Codec, 4)
 
 
 def test_the_published_layout_is_read(tmp_path):
@@ -149,7 +161,7 @@ def test_the_published_layout_is_measured_against_the_table(tmp_path, split, ima
         for i in range(images):
             np.save(tmp_path / kind / f"{i}.npy", np.zeros(shape, np.float32))
     with pytest.raises(UserError, match=f"{images} latents with {classes} labels, but train_0.csv has 5 images with 2"):
-        latents.check(latents.load(tmp_path, 0), latents.manifest_of(split, Codec, 24), Codec, 3)
+        latents.check(latents.load(tmp_path, 0), latents.manifest_of(split, Codec, 24), split.labels, Codec, 3)
 
 
 def test_a_folder_without_manifest_is_no_cache(store):

@@ -6,6 +6,7 @@ What needs no process of its own runs in this one (`call_script`): starting Pyth
 import argparse
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -126,6 +127,10 @@ def test_a_run_leaves_what_it_promises(trained):
     assert len(moved) == len(last["model"])  # the average is not the net, and every weight learns
 
 
+class PowerCut(BaseException):
+    """Nobody catches it."""
+
+
 def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, monkeypatch):
     """One epoch; the same command with more epochs, killed inside the second; the same command once more."""
     succeeded(train(store, tiny_vae, "halves", "--epochs", 1))
@@ -135,11 +140,11 @@ def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, 
     def power_cut(log, step, **values):
         log_metrics(log, step, **values)
         if step == steps - 1:
-            raise KeyboardInterrupt
+            raise PowerCut
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.RunLog, "metrics", power_cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(PowerCut):
             train(store, tiny_vae, "halves", "--epochs", 2, "--ckpt-every", 2)
     halves = store / "halves" / RUN
     assert checkpoint(halves)["step"] == steps - 2
@@ -151,6 +156,38 @@ def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, 
     for name in ("model", "ema"):
         for key in b[name]:
             torch.testing.assert_close(a[name][key], b[name][key], rtol=1e-5, atol=1e-7)
+
+
+def test_an_interrupted_training_is_saved_and_continued(store, trained, tiny_vae, monkeypatch):
+    """Ctrl-C at step 3: it stops where the processes next ask each other, at step 5; the log is not written twice."""
+    log_metrics = runs.RunLog.metrics
+
+    def ctrl_c(log, step, **values):
+        log_metrics(log, step, **values)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunLog, "metrics", ctrl_c)
+        done = train(store, tiny_vae, "stopped", "--epochs", 2)
+    run = store / "stopped" / RUN
+    assert done.returncode == 130 and "stopped at step 5; the same command continues" in done.stdout
+    assert checkpoint(run)["step"] == 5 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 9.0}\n')  # as if it had been killed after a further step
+    assert "continuing from step 5" in succeeded(train(store, tiny_vae, "stopped", "--epochs", 2))
+    assert metrics(run, "loss") == pytest.approx(metrics(trained, "loss"), rel=1e-6)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(metrics(run, "loss")) + 1
+
+
+def test_patients_on_both_sides_are_named(store, tiny_vae):
+    shutil.copytree(store / "data", store / "leaky")
+    val, train_0 = ((store / "leaky" / f"{name}_0.csv").read_text().splitlines() for name in ("val", "train"))
+    patient = train_0[1].rpartition(",")[2]
+    val[1] = f"{val[1].rpartition(',')[0]},{patient}"
+    (store / "leaky" / "val_0.csv").write_text("\n".join(val))
+    out = succeeded(train(store, tiny_vae, "leaks", "--epochs", 1, data="leaky"))
+    assert f"warning: 1 patient(s) train and validate, {patient} the first" in out
 
 
 def test_another_setting_is_another_run_and_a_finished_one_stays(store, trained, tiny_vae):
@@ -294,7 +331,7 @@ def test_weights_that_say_nothing_must_fit_what_they_are_run_with(trained, tiny_
     flags = ("--ckpt", tmp_path / "best_ckpt.safetensors", *SIZE)
     succeeded(sample("sample_ddp_val.py", trained, tmp_path / "out", *flags, "--vae", tiny_vae))
     refused(sample("sample_ddp_val.py", trained, tmp_path / "out", *flags, "--vae", tmp_path / "other" / "vae"),
-            "another checkpoint (vae vae:")
+            "other settings (vae vae:")
     for name, sizes, words in (("GeCA-XS", {"in_channels": 3}, ("has 4 channels", "trained on 3")),
                                ("DiT-S/4", {"input_size": 8}, ("4 cells per side", "give --image-size 64"))):
         torch.save(MODELS[name](**sizes).state_dict(), tmp_path / "bare.pt")
@@ -466,7 +503,7 @@ def test_extraction_leaves_other_features_alone(store, spoiled, tiny_vae):
 def test_a_file_in_place_of_a_folder(store, trained, tiny_vae, tmp_path):
     (tmp_path / "file").touch()
     refused(extract(store / "data", tmp_path / "file", tiny_vae), "Not a directory", "file")
-    refused(train(store, tiny_vae, tmp_path / "file", "--epochs", 1), "Not a directory", "file")
+    refused(train(store, tiny_vae, tmp_path / "file", "--epochs", 1), "--results-dir", "file")
     refused(sample("sample_ddp_val.py", trained, tmp_path / "file"), "Not a directory", "file")
 
 
@@ -572,7 +609,7 @@ def test_samplers_do_not_mix_images_of_other_weights_or_labels(store, trained, t
     changed = checkpoint(trained, "best")
     changed["ema"]["final_layer.linear.bias"] += 0.1
     torch.save(changed, twin / "checkpoints" / "best_ckpt.pt")
-    refused(sample("sample_ddp.py", twin, expanded), "images of another checkpoint", "--sample-dir")
+    refused(sample("sample_ddp.py", twin, expanded), "made with other settings", "--sample-dir")
     table = spoiled / "train_0.csv"
     header, *rows = table.read_text().splitlines()
     table.write_text("\n".join([header, *reversed(rows)]) + "\n")

@@ -145,6 +145,10 @@ def test_flags_in_prose_exist():
     assert named and not [(page, flag) for page, flag in sorted(named) if flag not in known]
 
 
+def test_no_page_is_unfinished():
+    assert not [(p.name, word) for p in PAGES for word in re.findall(r"@[A-Z]+@|TODO|FIXME", p.read_text())]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help(script):
     actions = parse(script, None)[0]._actions
