@@ -104,6 +104,14 @@ def test_ema_warmup_changes_the_average_alone():
     assert ours.ema_decay() == 0.9999
 
 
+def test_the_average_by_hand():
+    average, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for layer, value in ((average, 1.0), (net, 11.0)):
+        torch.nn.init.constant_(layer.weight, value)
+    train.update_ema(average, net, 0.9)
+    assert average.weight.item() == pytest.approx(2)
+
+
 # ---- validation
 
 
