@@ -1,4 +1,4 @@
-"""How few steps does a model need? KID of each model, sampler and number of steps: json, a table and a plot.
+r"""How few steps does a model need? KID of each model, sampler and number of steps: json, a table and a plot.
 
     python scripts/study_samplers.py --ckpt runs/a/checkpoints/last_ckpt.pt runs/b/checkpoints/last_ckpt.pt \
         --data-path data/phantom --fold 0 --images 64 --output study
