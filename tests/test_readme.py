@@ -138,7 +138,8 @@ def test_further_published_flags_and_defaults(script, required, more, defaults):
 def test_flags_in_prose_exist():
     """`--flag` in the running text of a page."""
     known = {"--help", "--nproc-per-node"} | {
-        flag for script in [*SCRIPTS, "benchmarks.bench"] for action in parse(script, None)[0]._actions for flag in action.option_strings}
+        flag for script in [*SCRIPTS, "benchmarks.bench"] for action in parse(script, None)[0]._actions
+        for flag in action.option_strings}
     known |= set(re.findall(r"--[a-z]+(?=\)|\|)", (ROOT / "quickstart.sh").read_text()))
     named = {(p.name, flag.replace("_", "-")) for p in PAGES for code in re.findall(r"`([^`\n]+)`", p.read_text())
              for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
