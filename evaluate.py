@@ -24,7 +24,7 @@ from metrics.kid import SUBSETS, check_subset_size, kid
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, run
 from pipeline.data import check_images, load_image, read_split
-from pipeline.files import write_atomically, write_text
+from pipeline.files import make_folder, write_atomically, write_text
 from pipeline.pictures import caption, stack
 from pipeline.seeds import generator
 
@@ -57,7 +57,7 @@ def main():
     sizes = [args.subset_size or len(s.paths) // 4 for s in generated]  # ⌊n/4⌋ as in the paper
     for s, size in zip(generated, sizes, strict=True):
         check_subset_size(size, real=len(real.paths), generated=len(s.paths), training=len(training.paths))
-    make_folder(args.output)  # if it cannot be, better now than later
+    make_folder(args.output, "--output")  # if it cannot be, better now than later
     state = runtime.start()
     spaces = open_spaces(args.features, args.device_list or [state.device])
     for s in generated:
@@ -206,15 +206,7 @@ def match(wanted, labels, order):
     return [free.pop(0) if i is None and free else i for i in found]
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error})") from None
-
-
 def write_results(args, report, text, image):
-    make_folder(args.output)
     try:
         write_text(args.output / f"metrics_{args.fold}.json", json.dumps(report, indent=1) + "\n")
         write_text(args.output / f"metrics_{args.fold}.txt", text + "\n")

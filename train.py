@@ -12,31 +12,27 @@ images, guidance; the KID is computed afresh each time.
 
 import copy
 import math
-import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from diffusion import create_diffusion, multiscale
-from metrics.features import open_features
-from metrics.kid import SUBSETS, kid, polynomial_mmd
 from models import LABEL_TABLE, MODELS
 from pipeline import checkpoint as checkpoints
-from pipeline import latents, pictures, runs
+from pipeline import latents, runs
 from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import fingerprint, load_images, read_split
-from pipeline.files import write_atomically
-from pipeline.runtime import start, stop
-from pipeline.sampling import add_state_flag, sample_images
+from pipeline.data import fingerprint, read_split
+from pipeline.files import make_folder
+from pipeline.runtime import Interruption, start, stop
+from pipeline.sampling import add_state_flag
 from pipeline.seeds import generator, on_device
 from pipeline.vae import cells_per_side, open_codec, same_weights
+from pipeline.validation import Validation
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
@@ -196,83 +192,6 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), [p.float() for p in net.parameters()], 1 - decay)
 
 
-class Validation:
-    """Samples with the labels of validation images, scored by KID against all validation images of the fold."""
-
-    def __init__(self, args, accelerator, codec, split):
-        self.args, self.accelerator, self.codec, self.split = args, accelerator, codec, split
-        if len(split) < 2:
-            raise UserError(f"{split.path}: holds one image, KID needs two; prepare more patients or fewer folds")
-        self.features = open_features(args.features, accelerator.device)
-        self.real = load_images(split.image_paths, args.image_size, args.num_workers)
-        self.real_features = self.features(self.real)
-        chosen = torch.randperm(len(split), generator=generator(args.global_seed, "validation"))
-        self.chosen = chosen[: args.val_samples].tolist()
-
-    def __call__(self, training, folder):
-        """Sample -> KID; writes the grid samples/epoch-{epoch}.png."""
-        rank, processes, args = self.accelerator.process_index, self.accelerator.num_processes, self.args
-        ids = list(range(len(self.chosen)))[rank::processes]
-        labels = torch.as_tensor(self.split.labels[self.chosen])
-        if args.validation_labels == "null":
-            labels = torch.zeros_like(labels)
-        net = training.ema
-        if args.validation_weights == "model":  # in a copy: the net itself would compute in --mixed_precision
-            net = copy.deepcopy(net)
-            net.load_state_dict(self.accelerator.unwrap_model(training.net).state_dict())
-        options = {"steps": args.num_sampling_steps, "batch_size": 32, "cfg_scale": args.cfg_scale,
-                   "cells": training.model_args["input_size"], "multi_scale": args.multi_scale,
-                   "seed": args.global_seed, "device": self.accelerator.device, "unguided_state": args.unguided_state}
-        with tqdm(total=len(ids) * args.num_sampling_steps, desc="validation", unit="image-step", mininterval=5,
-                  leave=False, disable=rank != 0) as bar:
-            batches = sample_images(net, self.codec, labels[ids], ids, progress=bar, **options)
-            made = [pair for batch in batches for pair in zip(*batch, strict=True)]
-        made = gather_object(made)
-        images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
-        if rank == 0:
-            self.write_grid(images, folder / "samples" / f"epoch-{training.epoch:05d}.png")
-        found = [self.kid(self.features(images), training.validated) if rank == 0 else None]
-        return broadcast_object_list(found)[0]  # one number: the processes must agree on what is best
-
-    def kid(self, features, before):
-        """KID of generated features (n, D); `before` are those of earlier validations, to which it adds these.
-
-        `accumulated` is the published metric that is never reset (train.py:203, 434-436): all generated images since
-        the start, against the same few real ones counted as often, over 100 subsets of ⌊n / 4⌋.
-        """
-        if self.args.validation_kid == "fresh":
-            return float(polynomial_mmd(self.real_features, features))
-        before.append(torch.as_tensor(features))
-        real = np.tile(self.real_features[self.chosen], (len(before), 1))
-        return kid(real, np.concatenate(before), max(2, len(features) // 4), SUBSETS, self.args.global_seed)[0]
-
-    def write_grid(self, images, path):
-        """Real images above generated ones with the same labels."""
-        count = min(len(images), 16)
-        real = self.real[self.chosen[:count]]
-        captions = [pictures.caption(self.split.labels[i], self.split.label_names) for i in self.chosen[:count]]
-        path.parent.mkdir(exist_ok=True)
-        picture = pictures.pairs(real, images[:count], captions)
-        write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-class Interruption:
-    """Within it, Ctrl-C or a kill is noted, so that training can stop between two steps; a second one is obeyed."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, kind, frame):
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *error):
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-
 def train(args, training, validation, log, about, interruption):
     """Run until --epochs, --max-minutes or an interruption; validate, save, log on the way. Was it interrupted?"""
     accelerator, total = training.accelerator, args.epochs * training.steps_per_epoch
@@ -374,7 +293,7 @@ def main():
                  "validation_images": fingerprint(validation_split)}  # other data or VAE: another run
     folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
     training = Training(args, accelerator, cache, label_names, codec)
-    make_folder(args.results_dir)  # if it cannot be, better now than later
+    make_folder(args.results_dir, "--results-dir")  # if it cannot be, better now than later
     last = folder / "checkpoints" / "last_ckpt.pt"
     validation = Validation(args, accelerator, codec, validation_split)
     if exists and last.is_file() and training.restore(last) != validation.features.identity:
@@ -404,13 +323,6 @@ def main():
         sys.exit(130)
 
 
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--results-dir {path}: cannot be made ({error})") from None
-
-
 def parser():
     p = Parser(__doc__, RELEASED)
     p.add_argument("--model", choices=MODELS, default="GeCA-S", help="which denoiser")
@@ -435,7 +347,7 @@ def parser():
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")
     g.add_argument("--ema-decay", type=number(0, 1), default=0.9999, help="of the averaged weights, after warm-up")
     g.add_argument("--checkpoint-steps", action=BooleanOptionalAction, help="save memory: compute each step of the "
-                   "automaton, or block of DiT, again in backward (default: GeCA yes, DiT no)")
+                   "automaton, or block of a baseline, again in backward (default: GeCA yes, baselines no)")
     g.add_argument("--ema-warmup", action=BooleanOptionalAction, default=True,
                    help="let early averages forget the start (published: no)")
     g.add_argument("--frozen-latents", action=BooleanOptionalAction, default=False,

@@ -178,7 +178,7 @@ class LocalRule(nn.Module):
         return base + F.linear(state, self.cell_to_embedding.weight[:, self.in_channels:])
 
     def project(self, e, m, which, linear=F.linear):
-        """e (N, R, D) -> those of queries, keys and values that `which` ("qkv", "q" or "kv") names, (N, R, D) each."""
+        """e (N, R, D) -> what `which` names: "q" the queries, "kv" keys and values; (N, R, D) each."""
         attention = self.transformer.layers[0][0]
         z = modulate(attention.norm(e), m.shift1, m.scale1)
         first, width = "qkv".index(which), e.shape[-1]

@@ -56,7 +56,7 @@ def load(path, flag="--ckpt"):
     wrong = _what_is_wrong(found)
     if wrong:
         raise UserError(f"{flag} {path}: not a checkpoint ({wrong})")
-    found |= {kind: _without_prefix(found.get(kind) or {}) for kind in ("ema", "model")}
+    found |= {kind: _without_prefix(found.get(kind) or {}) for kind in KINDS}
     if isinstance(found.get("args"), argparse.Namespace):
         found["args"] = vars(found["args"])
     found = {key: found.get(key) for key in SAID} | found
@@ -71,7 +71,7 @@ def load(path, flag="--ckpt"):
 
 def _what_is_wrong(found):
     """Why this dict is no checkpoint, or None."""
-    for kind in ("ema", "model"):
+    for kind in KINDS:
         weights = found.get(kind)
         if weights is not None and not isinstance(weights, dict):
             return f"its `{kind}` is a {type(weights).__name__}, expected a state dict"
@@ -220,7 +220,7 @@ def parser():
     p = Parser(__doc__)
     p.add_argument("file", type=Path, help="a checkpoint of any layout")
     p.add_argument("--to", type=Path, metavar="FILE", help="write the weights to a .safetensors or .pt file")
-    p.add_argument("--weights", choices=("ema", "model"), help="averaged or raw (default: averaged if there are any)")
+    p.add_argument("--weights", choices=KINDS, help="averaged or raw (default: averaged if there are any)")
     p.add_argument("--half", action="store_true", help="write them in half precision")
     return p
 

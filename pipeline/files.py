@@ -35,6 +35,14 @@ def write_csv(path, header, rows):
     write_atomically(path, write)
 
 
+def make_folder(path, flag):
+    """Make the folder that `flag` names, if it is not there. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error})") from None
+
+
 @contextmanager
 def built_whole(root, flag="--output"):
     """A temporary folder beside `root` that takes its place when the block ends well, and else disappears."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 from pathlib import Path
 
@@ -48,6 +49,23 @@ def stop():
     """Leave the process group; without this every run on several processes ends with a warning."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+class Interruption:
+    """Within it, Ctrl-C or a kill is noted, so that training can stop between two steps; a second one is obeyed."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, kind, frame):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
 
 
 def versions():

@@ -13,6 +13,7 @@ import train
 from diffusion.samplers import GuidedDenoiser
 from metrics.kid import kid, polynomial_mmd
 from models import GeCA
+from pipeline import validation as validation_module
 from pipeline.latents import LatentCache
 from pipeline.sampling import RELEASED, parser
 
@@ -124,8 +125,8 @@ def validate(monkeypatch, *flags, features=None):
         asked.update(net=net, labels=labels, options={k: v for k, v in options.items() if k != "progress"})
         yield ids, made
 
-    monkeypatch.setattr(train, "sample_images", record)
-    validation = object.__new__(train.Validation)
+    monkeypatch.setattr(validation_module, "sample_images", record)
+    validation = object.__new__(validation_module.Validation)
     g = np.random.default_rng(0)
     validation.args, validation.accelerator, validation.codec = run.args, run.accelerator, None
     validation.split = SimpleNamespace(labels=np.eye(3)[np.arange(12) % 3], label_names="ABC")
