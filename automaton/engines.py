@@ -224,9 +224,8 @@ class _Backward:
 
     def through_renewal(self, moved, old_state, old_k, old_v):
         """The rows `moved` of the tables came from the state as it is now; what they held before has no part in it."""
-        _, k, v = (moved.of(table) for table in self.tables)
         base = moved.of(self.base)
-        grad_base, grad_state = self.through_tables(base, moved.of(self.state), k, v,
+        grad_base, grad_state = self.through_tables(base, moved.of(self.state),
                                                     [moved.of(grad) for grad in self.grad_tables])
         moved.add_(self.grad_base, grad_base)
         moved.add_(self.grad_state, grad_state)
@@ -237,16 +236,15 @@ class _Backward:
 
     def through_first(self):
         """All rows of the tables came from the first state."""
-        _, k, v = self.tables
-        grad_base, grad_state = self.through_tables(self.base, self.state, k, v, self.grad_tables)
+        grad_base, grad_state = self.through_tables(self.base, self.state, self.grad_tables)
         self.grad_base += grad_base
         self.grad_state += grad_state
 
-    def through_tables(self, base, state, k, v, grad_tables):
-        """(e, k, v) = tables(base, state), where k and v are known."""
-        return self.differentiate(
-            lambda base, state, m: self.rule.tables(base, state, m, Replay([torch.cat([k, v], -1)])), [base, state],
-            grad_tables)
+    def through_tables(self, base, state, grad_tables):
+        """(e, k, v) = tables(base, state). Nothing reads k and v here: any numbers of their shape will do."""
+        unread = self.tables[1].new_empty(1).expand(*base.shape[:2], 2 * base.shape[2])
+        return self.differentiate(lambda base, state, m: self.rule.tables(base, state, m, Replay([unread])),
+                                  [base, state], grad_tables)
 
     def differentiate(self, function, inputs, grad_outputs):
         """Gradients of function(*inputs, m) to its inputs; those to modulation and parameters are added up here."""
