@@ -314,6 +314,7 @@ def main():
     about = {"args": {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
                       for k, v in vars(args).items()},
              "label_names": label_names, "codec": codec.identity, "run": folder.name,
+             "training_images": settings["training_images"],
              "features": validation.features.identity}
     with Interruption() as interruption:
         stopped = train(args, training, validation, log, about, interruption)

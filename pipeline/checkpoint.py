@@ -6,8 +6,9 @@
 
 Keys of ours: `model` and `ema` (raw and averaged weights under the published names), `opt`, `scaler`, `step`, `epoch`,
 `args` (the resolved flags), `label_names`, `model_args` (name and sizes), `best_kid`, `minutes`, `codec`, `run`,
-`format_version`. The published layout has `model`, `ema`, `opt` and `args`, in which it finds our weights too. Read are
-ours, the published layout, bare state dicts and safetensors; what a file does not say is None.
+`training_images` (SHA-256 of the CSV file that lists them), `format_version`. The published layout has `model`, `ema`,
+`opt` and `args`, in which it finds our weights too. Read are ours, the published layout, bare state dicts and
+safetensors; what a file does not say is None.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from pipeline.files import write_atomically
 
 FORMAT = 1
 PREFIX = "module."  # in front of the names of published files: weights were saved from inside DistributedDataParallel
-SAID = ("args", "label_names", "model_args", "step", "epoch", "best_kid", "minutes", "codec", "run", "features")
+SAID = ("args", "label_names", "model_args", "step", "epoch", "best_kid", "minutes", "codec", "run", "features",
+        "training_images")
 KINDS = ("ema", "model")
 METADATA = "checkpoint"  # key of the safetensors header under which SAID is kept, as json
 

@@ -127,7 +127,8 @@ def run(args, labels_of, folder_name, csv_name):
     if args.compile:
         model.compile_parts()
     label_file = folder / f"{csv_name}_{args.fold}.npy"
-    claim(folder, settings(args, checkpoint, model, codec), label_file, labels.numpy().astype(int), process)
+    wanted = settings(args, checkpoint, model, codec) | {"about": about(args, checkpoint, model)}
+    claim(folder, wanted, label_file, labels.numpy().astype(int), process)
     if process.is_main_process:
         if checkpoint["assumed"]:
             print(f"{args.ckpt} does not say all; taken: " +
@@ -234,6 +235,15 @@ def settings(args, checkpoint, model, codec):
             "weights_hash": weights_hash(model)}  # two results folders may hold runs of one name and step
 
 
+def about(args, checkpoint, model):
+    """Where the images come from: for tables, and for classify.py, which must not learn from what it is tested on."""
+    trained = checkpoint["args"]
+    return {"model": trained["model"], "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_on_fold": trained.get("fold"), "training_images": checkpoint["training_images"],
+            "sampler": args.sampler, "steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale,
+            "seed": args.global_seed}
+
+
 def claim(folder, wanted, label_file, labels, process):
     """Write settings and labels (n, K) beside the images, or refuse a folder that was made with others.
 
@@ -245,7 +255,7 @@ def claim(folder, wanted, label_file, labels, process):
         before = np.load(label_file) if label_file.is_file() else labels[:0]
     except (ValueError, EOFError, OSError) as error:  # of json or numpy
         raise UserError(f"{folder}: settings.json or {label_file.name} is damaged ({error}); remove it all") from None
-    odd = [key for key in wanted if found is not None and found.get(key) != wanted[key]]
+    odd = [key for key in wanted if found is not None and found.get(key) != wanted[key] and key != "about"]
     if odd:
         key = odd[0]
         raise UserError(f"{folder}: its images were made with other settings ({key} {found.get(key)}, now "
