@@ -57,8 +57,9 @@ python sample_ddp_val.py --ckpt "$RUN/checkpoints/last_ckpt.pt" --data-path "$DA
 SAMPLES=$(ls -dt "$OUTPUT/synthetic-$MINUTES-minutes"/GeCA-XS-* | head -n 1)
 
 step "5 report: real against real is the noise floor, then GeCA-XS"
-python evaluate.py --real "$DATA" --gen "$SAMPLES" --fold 0 --image-size 64 --output "$OUTPUT/report"
+python evaluate.py --real "$DATA" --gen "$SAMPLES" --fold 0 --image-size 64 --features retina --lpips none \
+    --cache "$OUTPUT/cache" --output "$OUTPUT/report"
 echo
-echo "report:  $OUTPUT/report (real_vs_generated_0.png, metrics_0.txt, metrics_0.json)"
+echo "report:  $OUTPUT/report/report.html (and real_vs_generated.png, results.txt, results.json)"
 echo "samples: $SAMPLES"
 echo "run:     $RUN (log.txt, samples/, checkpoints/; tensorboard --logdir $RUN)"

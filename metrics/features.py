@@ -2,9 +2,11 @@
 
     python -m metrics.features --fit retina --data-path data/oct data/fundus
 
-`features = open_features(name)` has `name`, `identity` (changes whenever the numbers may) and `dimensions`;
-`features(images)` takes uint8 (N, H, W, 3) to float32 (N, dimensions). A new space is one more such class and
-its row in SPACES.
+`features = open_features(name)` has `name`, `identity` (changes whenever the numbers may), `dimensions` and
+`preprocessing` (one line: crop, size, filter, value range); `features(images)` takes uint8 (N, H, W, 3) to float32
+(N, dimensions). A new space is one more such class and its row in SPACES. The spaces of other people's networks
+are in metrics/backbones.py; their weights come from the libraries' caches or the network (pipeline/assets.py), or
+from a file: `dinov2=weights.safetensors`.
 
 `retina` is the bundled autoencoder's encoder. It has seen retinas only and needs no download; its numbers say
 which of two sets is nearer to the real one, and must not be set beside numbers of another space.
@@ -13,6 +15,7 @@ The command above measures, once, the axes on which its features are expressed (
 
 import hashlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from metrics import backbones
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, run
 from pipeline.data import check_images, load_images, read_split
-from pipeline.files import write_atomically
+from pipeline.files import file_hash, make_folder, write_atomically
 from pipeline.seeds import generator
 from pipeline.vae import NAMED, VaeCodec, to_model_range
 
 SCALE_FILE = "feature_scale.safetensors"  # lies in the folder of the autoencoder it belongs to
 COMPONENTS = 128  # principal axes that are kept, of 720 features of the bundled autoencoder
+CACHED = 1  # part of the key of cached features: to be raised when what `load_images` or `extract` does changes
 
 
 class AutoencoderFeatures:
@@ -40,7 +45,10 @@ class AutoencoderFeatures:
     all others. So they are expressed on axes along which images of one kind vary by 1, and the vector is given the
     length √d: the kernel is then (cosine + 1)³, between 0 and 8. Mean and axes were measured once, on the
     autoencoder's training images; they belong to the space, not to the sets that are compared.
+    No crop and no resize: the network takes the images at the size they have, values in [-1, 1].
     """
+
+    preprocessing = "uint8 RGB, no crop, no resize; v / 127.5 - 1, so [-1, 1]"
 
     def __init__(self, name, device="cpu"):
         codec = _open_autoencoder(name, device)
@@ -48,6 +56,7 @@ class AutoencoderFeatures:
         self.vae, self.mean, self.axes = codec.vae, mean.to(device), axes.to(device)
         self.name = name if name in SPACES else f"vae:{Path(name).resolve().name}"
         digest = hashlib.sha256(mean.numpy().tobytes() + axes.numpy().tobytes()).hexdigest()[:8]
+        # The axes are measured after the preprocessing: with another one there would be others, so `digest` tells.
         self.identity, self.dimensions = f"{self.name}:{_weights(codec.identity)}:{digest}", axes.shape[1]
 
     def __call__(self, images, batch_size=32):
@@ -59,14 +68,32 @@ class AutoencoderFeatures:
         return values.cpu().numpy()
 
 
-SPACES = {"retina": AutoencoderFeatures}  # name -> class, called with (name, device)
+SPACES = {  # name -> class, called with (name, device); all but the first also with a file of weights
+    "retina": AutoencoderFeatures,
+    "inception": backbones.InceptionFeatures,
+    "dinov2": backbones.DinoFeatures,
+    "clip": backbones.ClipFeatures,
+}
+PUBLISHED = {"dino": "dinov2", "inception": "inception", "clip": "clip"}  # --gg-extractor -> the space here
+NAMES = (f"{', '.join(SPACES)}, timm:MODEL, the folder of an autoencoder or FILE.pt of classify.py; "
+         "`NAME=FILE` takes the weights from a file")  # for the help of flags
 
 
 def open_features(name, device="cpu"):
-    """The feature space `name`: one of SPACES, or the folder of an autoencoder. Raises UserError."""
-    if name not in SPACES and not Path(name).is_dir():
-        raise UserError(f"--features {name}: expected {', '.join(SPACES)} or the folder of an autoencoder")
-    return SPACES.get(name, AutoencoderFeatures)(name, device)
+    """The feature space `name`: one of SPACES, timm:MODEL (each also as NAME=FILE), the folder of an autoencoder or
+    a checkpoint of classify.py. Raises UserError.
+    """
+    known, equals, file = name.partition("=")
+    space = backbones.TimmFeatures if known.startswith("timm:") else SPACES.get(known)
+    if space and space is not AutoencoderFeatures:
+        if equals and not file:
+            raise UserError(f"--features {name}: expected the path of a file of weights after `=`")
+        return space(name, device, file or None)
+    if name.endswith(".pt") and Path(name).is_file():
+        return backbones.ClassifierFeatures(name, device)
+    if name in SPACES or Path(name).is_dir():
+        return AutoencoderFeatures(name, device)
+    raise UserError(f"--features {name}: no such space; expected {NAMES}")
 
 
 @torch.no_grad()
@@ -85,11 +112,50 @@ def channel_statistics(vae, images):
     return torch.cat(parts, dim=1)
 
 
-def extract(features, image_paths, image_size, batch_size=32, progress=None):
+def extract(features, image_paths, image_size, batch_size=32, progress=None, cache=None):
     """Features (n, D) of image files, in their order; `progress` names the progress bar, None = no bar.
 
     Real and generated images take the same path: files that are not image_size × image_size are cropped.
+    `cache`: a folder where the features are kept, under a name that depends on the bytes of the files, their order,
+    the feature space and the size. Where they are found, no image is opened. Raises UserError.
     """
+    if cache is None:
+        return _compute(features, image_paths, image_size, batch_size, progress)
+    make_folder(cache, "feature cache")
+    file = Path(cache) / f"{cache_key(features, image_paths, image_size)}.safetensors"
+    if file.is_file():
+        return _read_cached(file, (len(image_paths), features.dimensions))
+    values = _compute(features, image_paths, image_size, batch_size, progress)
+    about = {"features": features.identity, "preprocessing": features.preprocessing, "image_size": str(image_size),
+             "sha256": _array_hash(values)}
+    write_atomically(file, lambda path: save_file({"features": torch.from_numpy(values)}, path, about))
+    return values
+
+
+def cache_key(features, image_paths, image_size):
+    """SHA-256 of everything that the features of these files depend on; of the images only the bytes are read."""
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(file_hash, image_paths))
+    return hashlib.sha256(repr((CACHED, features.identity, image_size, hashes)).encode()).hexdigest()
+
+
+def _read_cached(file, shape):
+    try:
+        with safe_open(file, "numpy") as stored:
+            values, digest = stored.get_tensor("features"), (stored.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cached features cannot be read ({error}); remove the file") from None
+    if values.shape != shape or digest != _array_hash(values):
+        raise UserError(f"{file}: cached features are damaged (they do not have their checksum); remove the file")
+    return values
+
+
+def _array_hash(values):
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def _compute(features, image_paths, image_size, batch_size, progress):
+    """What `extract` returns, one batch of images in memory at a time."""
     parts = [np.zeros((0, features.dimensions), np.float32)]
     with tqdm(total=len(image_paths), desc=progress, unit="image", disable=None if progress else True) as bar:
         for start in range(0, len(image_paths), batch_size):

@@ -7,6 +7,7 @@ it in units of 1e-3, over 100 subsets of ⌊n_generated / 4⌋ images.
 import numpy as np
 import torch
 
+from metrics.blocks import tiles
 from pipeline.cli import UserError
 from pipeline.seeds import generator
 
@@ -24,14 +25,33 @@ def polynomial_mmd(x, y):
     mean over i ≠ j of k(x_i, x_j)  +  mean over i ≠ j of k(y_i, y_j)  −  2 · mean over i, j of k(x_i, y_j).
     Its expectation is 0 for two samples of one distribution, so single values may be negative.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))
-    return within - 2 * polynomial_kernel(x, y).mean()
+    x, y = np.asarray(x), np.asarray(y)
+    return float(mmd_of_subsets(x, y, np.ones((1, len(x)), bool), np.ones((1, len(y)), bool))[0])
 
 
-def _mean_off_diagonal(k):
-    n = len(k)
-    return (k.sum() - np.trace(k)) / (n * (n - 1))
+def mmd_of_subsets(x, y, in_x, in_y):
+    """The same for B pairs of subsets in one pass over the kernel: (m, d), (n, d), bool (B, m), (B, n) -> (B,).
+
+    in_x[b, i]: is x_i in the b-th subset? No matrix larger than a block of tiles() is held.
+    """
+    m, n = in_x.sum(1), in_y.sum(1)
+    across = sum(_sums(k, in_x[:, rows], in_y[:, columns]) for rows, columns, k in tiles(polynomial_kernel, x, y))
+    return _off_diagonal(x, in_x) / (m * (m - 1)) + _off_diagonal(y, in_y) / (n * (n - 1)) - 2 * across / (m * n)
+
+
+def _off_diagonal(x, members):
+    """Sums over i ≠ j of k(x_i, x_j) within each subset: (n, d), (B, n) -> (B,)."""
+    total = 0.0
+    for rows, columns, k in tiles(polynomial_kernel, x):
+        if rows == columns:
+            np.fill_diagonal(k, 0)
+        total += (1 if rows == columns else 2) * _sums(k, members[:, rows], members[:, columns])
+    return total
+
+
+def _sums(k, left, right):
+    """Sum of k (m, n) over the rows in `left` and the columns in `right`, bool (B, m), (B, n) -> (B,)."""
+    return ((left.astype(np.float64) @ k) * right).sum(1)
 
 
 def draw_subsets(n_real, n_generated, subset_size, subsets, seed):
@@ -62,7 +82,19 @@ def kid(real, generated, subset_size, subsets=100, seed=0):
     describes the spread of one subset's estimate, not the uncertainty of the mean.
     """
     check_subset_size(subset_size, real=len(real), generated=len(generated))
-    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    values = [polynomial_mmd(real[i], generated[j])
-              for i, j in draw_subsets(len(real), len(generated), subset_size, subsets, seed)]
+    real, generated = np.asarray(real), np.asarray(generated)
+    drawn = list(draw_subsets(len(real), len(generated), subset_size, subsets, seed))
+    if subsets * subset_size**2 < len(real) * len(generated):  # few pairs are in any subset
+        values = [polynomial_mmd(real[i], generated[j]) for i, j in drawn]
+    else:  # each pair is in several: its kernel is computed once
+        first, second = zip(*drawn, strict=True)
+        values = mmd_of_subsets(real, generated, membership(first, len(real)), membership(second, len(generated)))
     return float(np.mean(values)), float(np.std(values))
+
+
+def membership(subsets, n):
+    """B index arrays into n images -> bool (B, n)."""
+    members = np.zeros((len(subsets), n), bool)
+    for row, indices in zip(members, subsets, strict=True):
+        row[indices] = True
+    return members

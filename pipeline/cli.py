@@ -30,8 +30,20 @@ def _dashes(argument):
     return flag.replace("_", "-") + equals + value
 
 
+class _Assets(argparse.Action):
+    """`--assets DIR`: obeyed at once, and kept out of the settings; a run goes on where the folder lies elsewhere."""
+
+    def __call__(self, parser, namespace, folder, option_string=None):
+        from pipeline.assets import use  # here: it needs this module
+
+        try:
+            use(folder)
+        except UserError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with both spellings of every flag, no abbreviations and defaults in the help.
+    """argparse with both spellings of every flag, no abbreviations and defaults in the help; `--assets` everywhere.
 
     `released`: flag -> value that it has under `--as-released` (docs/FIDELITY.md), unless it is given too.
     """
@@ -39,6 +51,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, released=None, **options):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
         self.released = released
+        self.add_argument("--assets", action=_Assets, default=argparse.SUPPRESS, metavar="DIR",
+                          help="folder of fetch_assets.py: look for third-party weights only there, use no network")
         if released:
             spelt = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in released.items())
             spelt = re.sub("--([a-z-]+) (True|False)", lambda m: f"--{'no-' * (m[2] == 'False')}{m[1]}", spelt)

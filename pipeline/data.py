@@ -1,8 +1,8 @@
 """A data root: images and the CSV files that describe them.
 
 ROOT/train_{fold}.csv, val_{fold}.csv, test.csv: an index column, `filename` (relative to ROOT), one 0/1
-column per label, and optionally `patient_name`, `client_id`, `multi_class_label`. Every other column is a
-label, so a root describes itself; nothing is guessed from a path.
+column per label, and optionally `patient_name`, `client_id`, `multi_class_label`, `eye` (pipeline/eyes.py). Every
+other column is a label, so a root describes itself; nothing is guessed from a path.
 """
 
 import csv
@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from pipeline.cli import UserError
 from pipeline.files import write_csv
 
-NOT_LABELS = ("filename", "patient_name", "client_id", "multi_class_label")
+NOT_LABELS = ("filename", "patient_name", "client_id", "multi_class_label", "eye")
 INDEX_NAMES = ("", "Unnamed: 0", "index")  # what csv writers call the index column
 
 
@@ -30,6 +30,7 @@ class Split:
     labels: np.ndarray  # (n, K) float32, 0 or 1
     label_names: tuple  # K names
     patients: tuple  # n names; the file name where the CSV has no `patient_name`
+    eyes: tuple | None = None  # n names from the column `eye`, unique within a patient; None without such a column
 
     def __len__(self):
         return len(self.filenames)
@@ -74,7 +75,10 @@ def read_split(root, name, num_classes=None):
         labels=_labels(path, rows, label_names),
         label_names=label_names,
         patients=tuple(row.get("patient_name") or row["filename"] for row in rows),
+        eyes=tuple(row["eye"] for row in rows) if "eye" in columns else None,
     )
+    if split.eyes and not all(split.eyes):
+        raise UserError(f"{path}, row {split.eyes.index('') + 1}: `eye` is empty; fill it in or remove the column")
     if len(set(split.filenames)) < len(split):
         twice = next(f for f in split.filenames if split.filenames.count(f) > 1)
         raise UserError(f"{path}: names {twice} more than once; keep one row for each image")

@@ -1,6 +1,7 @@
 """Files that are whole or not there: a job killed half-way leaves nothing that looks finished."""
 
 import csv
+import hashlib
 import os
 import shutil
 from contextlib import contextmanager
@@ -41,6 +42,15 @@ def make_folder(path, flag):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written ({error})") from None
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

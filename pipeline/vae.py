@@ -5,20 +5,18 @@ a cache can tell where its latents come from), `moments(images)` and `decode(lat
 """
 
 import hashlib
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 
-import huggingface_hub as hub
 import torch
 from diffusers import AutoencoderKL
 
+from pipeline.assets import ASSETS, first_line, weights_file
 from pipeline.cli import UserError
 
-NAMED = {  # --vae NAME -> where diffusers finds it
-    "ema": "stabilityai/sd-vae-ft-ema",
-    "mse": "stabilityai/sd-vae-ft-mse",
+NAMED = {  # --vae NAME -> where it comes from
+    "ema": ASSETS["vae-ema"].source,
+    "mse": ASSETS["vae-mse"].source,
     "retina": str(Path(__file__).resolve().parent.parent / "assets" / "vae-retina"),
 }
 
@@ -95,38 +93,18 @@ def same_weights(identity, other):
 
 
 def _load(name):
-    source = NAMED.get(name, name)
-    local = Path(source).is_dir()
-    if name not in NAMED and not local:
-        raise UserError(f"--vae {name}: no such folder (expected {', '.join(NAMED)} or a diffusers VAE folder)")
-    try:  # the cache or the folder first: it needs no network
+    folder = NAMED.get(name, name)
+    if not Path(folder).is_dir():
+        if f"vae-{name}" not in ASSETS:
+            raise UserError(f"--vae {name}: no such folder (expected {', '.join(NAMED)} or a diffusers VAE folder)")
+        instead = ", or use the bundled autoencoder: --vae retina"
+        folder = weights_file(ASSETS[f"vae-{name}"], f"--vae {name}", instead).parent
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of diffusers' about its own call of the hub
-            return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, local_files_only=True)
+            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        if local:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({reason})") from None
-    missing = UserError(
-        f"--vae {name}: {source} is neither in the Hugging Face cache nor reachable; on a machine with a "
-        f"network run `hf download {source}` and copy its cache, or use the bundled one: --vae retina")
-    if hub.constants.HF_HUB_OFFLINE or not _reachable(hub.constants.ENDPOINT):
-        raise missing
-    try:
-        return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
-    except (OSError, ValueError, KeyError):
-        raise missing from None
-
-
-def _reachable(url):
-    """One quick question: the hub's own client asks five times and takes a minute to give up."""
-    try:
-        urllib.request.urlopen(url, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-    return True
+        raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({first_line(error)})") from None
 
 
 def weights_hash(module):

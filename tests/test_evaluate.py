@@ -12,10 +12,14 @@ import torch
 from PIL import Image
 
 import evaluate
+from metrics import evaluation
 from metrics import features as feature_spaces
+from metrics.fid import fid
+from metrics.fld import fld
 from metrics.kid import kid
+from pipeline import classifier, comparison
 from pipeline.cli import run
-from pipeline.data import load_images, read_split, write_split
+from pipeline.data import load_image, load_images, read_split, write_split
 from pipeline.pictures import caption, grid, pairs
 from train_vae import build
 
@@ -51,9 +55,9 @@ def save_generated(folder, images, fold=0, label_names=LABELS):
 def world(tmp_path_factory):
     """A data root, two sample folders (one like the real images, one of low contrast) and a feature space."""
     folder = tmp_path_factory.mktemp("world")
-    names = save(draw(60, 0), folder / "root" / "images")
-    for split, part in (("train_0", slice(0, 40)), ("val_0", slice(40, 60))):
-        labels = combinations(60)[part]
+    names = save(draw(80, 0), folder / "root" / "images")
+    for split, part in (("train_0", slice(0, 40)), ("val_0", slice(40, 60)), ("test", slice(60, 80))):
+        labels = combinations(80)[part]
         write_split(folder / "root", split, names[part], labels, LABELS, names[part])
     save_generated(folder / "good", draw(16, 1))
     save_generated(folder / "bad", draw(24, 2, contrast=30))
@@ -72,7 +76,8 @@ def copy(world, tmp_path):
 def flags(world, *more, gen=("good",)):
     """The command line; a flag in `more` that is there already overrides it."""
     return [str(a) for a in ("--fold", 0, "--image-size", SIZE, "--real", world / "root", "--features",
-                             world / "vae", "--device_list", "cpu", *more, "--gen", *(world / g for g in gen))]
+                             world / "vae", "--device_list", "cpu", "--lpips", "none", "--resamples", 200, "--cache",
+                             world / "cache", *more, "--gen", *(world / g for g in gen))]
 
 
 @pytest.fixture
@@ -90,45 +95,119 @@ def in_process(monkeypatch, capsys):
     return call
 
 
-def report(folder, fold=0):
-    return json.loads((folder / f"metrics_{fold}.json").read_text())
+def report(folder):
+    return json.loads((folder / "results.json").read_text())
 
+
+FILES = {"results.json", "results.txt", "report.html", "real_vs_generated.png"}
 
 # ---- from end to end
 
+
 def test_end_to_end(world, tmp_path):
-    command = flags(world, "--output", tmp_path / "out", "--global_seed", 3, gen=("good", "bad"))
+    command = flags(world, "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--global_seed", 3,
+                    gen=("good", "bad"))
     result = subprocess.run([sys.executable, "evaluate.py", *command], cwd=REPOSITORY, capture_output=True,
                             text=True)
     assert result.returncode == 0, result.stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "metrics_0.json", "metrics_0.txt", "real_vs_generated_0.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
 
-    rows = report(tmp_path / "out")["rows"]
-    assert [(r["set"], r["images"], r["real"], r["subset_size"]) for r in rows] == [
-        ("real: train_0", 20, 20, 4), ("real: train_0", 20, 20, 6), ("good", 16, 20, 4), ("bad", 24, 20, 6)]
+    found = report(tmp_path / "out")
+    rows, space = found["rows"], "vae:vae"
+    assert [(r["name"], r["kind"], r["images"], r["kid"][space]["subset_size"]) for r in rows] == [
+        ("real: test", "real", 20, 5), ("good", "generated", 16, 4), ("bad", "generated", 24, 6)]
     features = feature_spaces.open_features(str(world / "vae"))
-    real = features(load_images(read_split(world / "root", "val_0").image_paths, SIZE))
-    for row, generated in ((rows[2], draw(16, 1)), (rows[3], draw(24, 2, contrast=30))):
-        found = row["kid"][features.name]
-        expected = kid(real, features(generated), row["subset_size"], 100, seed=3)
-        assert (found["mean"], found["std"]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert report(tmp_path / "out")["features"] == {features.name: features.identity}
-    scores = [r["kid"][features.name]["mean"] for r in rows]
-    assert max(map(abs, scores[:3])) < 0.1 * scores[3]  # like the real ones: near the noise floor
+    train, real = (features(load_images(read_split(world / "root", name).image_paths, SIZE))
+                   for name in ("train_0", "val_0"))
+    for row, images in ((rows[1], draw(16, 1)), (rows[2], draw(24, 2, contrast=30))):
+        made, score = features(images), row["kid"][space]
+        assert (score["mean"], score["std"]) == pytest.approx(kid(real, made, score["subset_size"], 100, seed=3),
+                                                              rel=1e-3, abs=1e-4)
+        assert score["interval"][0] < score["value"] < score["interval"][1]
+        assert row["fid"][space] == pytest.approx(fid(real, made), rel=1e-3)
+        assert row["gg"]["gap"] == pytest.approx(fld(train, real, made, seed=3).gap, rel=1e-2, abs=0.05)
+        assert row["label_share"] == {"AMD": 0.5, "DME": 0.5}
+        assert row["memorisation"]["samples"] == row["images"] and row["lpips"] is row["conditioning"] is None
+    assert found["networks"][space]["identity"] == features.identity
+    assert found["data"]["training_images"] == 40 and found["data"]["labels"] == list(LABELS)
+    scores = [r["kid"][space]["mean"] for r in rows]
+    assert max(map(abs, scores[:2])) < 0.1 * scores[2]  # like the real ones: near the noise floor
 
-    text = (tmp_path / "out" / "metrics_0.txt").read_text()
+    text = (tmp_path / "out" / "results.txt").read_text()
     assert text in result.stdout
     header, *lines = text.splitlines()[1:]
-    assert f"KID[{features.name}] x1e-3" in header
-    assert f"{1e3 * scores[3]:.2f} ± {1e3 * rows[3]['kid'][features.name]['std']:.2f}" in lines[3]
-    assert all(line.endswith(" 3") for line in lines)  # the seed
+    assert f"KID[{space}] ×1e-3" in header and "GG[vae:vae]" in header and "LPIPS" not in header
+    assert f"{1e3 * scores[2]:.2f} ± {1e3 * rows[2]['kid'][space]['std']:.2f}" in lines[2]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page  # it needs no other file
+    assert f"{rows[2]['fid'][space]:.2f}" in page
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 2 and "good: 16 generated and 20 real" in warnings[0]
+    assert len(warnings) == 2 and "good: KID[vae:vae] of 16 images cannot be told from the noise floor" in warnings[0]
+    assert "bad: 20 images are few" in warnings[1]
+
+
+def test_copies_of_training_images_are_found(copy, in_process):
+    names = save(draw(80, 0)[:16], copy / "copied" / "gen_samples_val")
+    write_split(copy / "copied", "val_syn_0", names, combinations(16), LABELS, names)
+    assert in_process(*flags(copy, gen=("copied",)))[0] == 0
+    row = report(copy / "copied")["rows"][1]
+    assert row["gg"]["gap"] < -100 < report(copy / "copied")["rows"][0]["gg"]["gap"]
+    found = row["memorisation"]
+    assert found["close"]["value"] == 1 and found["authentic_percent"] == 0
+    assert found["exact_duplicates"]["copies"] == [[i, i] for i in range(16)]
+    assert "16 exact" in (copy / "copied" / "results.txt").read_text()
+
+
+def test_two_generators_on_the_same_labels_are_compared(copy, in_process):
+    save_generated(copy / "other", draw(16, 9, contrast=30))
+    code, out, _ = in_process(*flags(copy, gen=("good", "other")))
+    (pair,) = report(copy / "good")["paired"]
+    assert code == 0 and (pair["a"], pair["b"], pair["images"]) == ("good", "other", 16)
+    assert pair["difference"] < 0 and pair["p"] < 0.05 and f"p = {pair['p']:.4f}" in out
+    assert in_process(*flags(copy, gen=("good", "bad")))[0] == 0
+    assert report(copy / "good")["paired"] == []  # 16 and 24 images: other labels
+
+
+def test_folders_that_differ_in_their_seed_are_averaged(copy, in_process):
+    about = {"model": "GeCA-XS", "steps": 5}
+    for seed in (0, 1):
+        folder = copy / f"GeCA-XS-GS-seed-{seed}"
+        save_generated(folder, draw(16, 11 + seed))
+        (folder / "settings.json").write_text(json.dumps({"about": {**about, "seed": seed}}))
+    assert in_process(*flags(copy, gen=("GeCA-XS-GS-seed-0", "GeCA-XS-GS-seed-1", "bad")))[0] == 0
+    found = report(copy / "GeCA-XS-GS-seed-0")
+    (group,) = found["over_seeds"]
+    values = [row["kid"]["vae:vae"]["mean"] for row in found["rows"][1:3]]
+    assert group["runs"] == 2 and group["values"]["KID[vae:vae]"]["mean"] == pytest.approx(np.mean(values))
+    assert group["values"]["KID[vae:vae]"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert [row["name"] for row in found["rows"]][1:] == ["GeCA-XS, seed 0", "GeCA-XS, seed 1", "bad"]
+
+
+def test_a_classifier_is_asked_whether_labels_show(copy, in_process):
+    network = classifier.build("test_resnet.r160_in1k", 2, SIZE)
+    classifier.save(copy / "classifier.pt", network, "test_resnet.r160_in1k", LABELS)
+    assert in_process(*flags(copy, "--classifier", copy / "classifier.pt"))[0] == 0
+    rows = report(copy / "good")["rows"]
+    scores = classifier.load_classifier(copy / "classifier.pt").scores(draw(16, 1))
+    positive = combinations(16)[:, 0] == 1
+    higher = scores[positive, 0][:, None] > scores[~positive, 0]  # AUC: how often a positive image scores higher
+    assert rows[1]["conditioning"]["labels"]["AMD"]["auc"] == pytest.approx(higher.mean(), abs=1e-6)
+    assert rows[0]["conditioning"]["macro"]["labels"] == 2
+    classifier.save(copy / "classifier.pt", network, "test_resnet.r160_in1k", ("AMD", "CNV"))
+    code, _, err = in_process(*flags(copy, "--classifier", copy / "classifier.pt"))
+    assert code == 2 and "knows AMD CNV" in err and "AMD DME" in err
+
+
+def test_without_test_images_the_floor_is_made_of_training_images(copy, in_process):
+    (copy / "root" / "test.csv").unlink()
+    code, _, err = in_process(*flags(copy))
+    row = report(copy / "good")["rows"][0]
+    assert code == 0 and "has no test.csv" in err
+    assert row["name"] == "real: train_0" and row["gg"] is None and row["memorisation"] is None
 
 
 def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
-    """Run twice, the second time on two devices: the same numbers; the first run's picture is no sample."""
+    """Run twice, the second time on two devices and from the cache: the same numbers; a picture is no sample."""
     flat = copy / "flat"
     save(draw(16, 1), flat)
     code, out, _ = in_process(*flags(copy, gen=("flat",)))
@@ -137,9 +216,14 @@ def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
     code, out, _ = in_process(*flags(copy, "--device-list", "cpu", "cpu", gen=("flat", "good")))
     assert code == 0 and "taking 16 PNG files" in out
     second = report(flat)["rows"]
-    name = next(iter(first[0]["kid"]))
     for a, b in ((first[0], second[0]), (first[1], second[1]), (second[1], second[2])):
-        assert a["kid"][name]["mean"] == pytest.approx(b["kid"][name]["mean"], abs=1e-4)
+        assert a["kid"]["vae:vae"]["mean"] == pytest.approx(b["kid"]["vae:vae"]["mean"], abs=1e-4)
+
+
+def test_cached_features_are_used(copy, in_process, monkeypatch):
+    assert in_process(*flags(copy))[0] == 0
+    monkeypatch.setattr(feature_spaces, "load_images", None)  # no image is opened for features again
+    assert in_process(*flags(copy))[0] == 0
 
 
 def test_another_seed_draws_others(copy, in_process):
@@ -152,18 +236,30 @@ def test_another_seed_draws_others(copy, in_process):
         assert a["kid"] != b["kid"]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1"])
+def test_images_of_other_modes_are_read_as_rgb(copy, in_process, mode):
+    """Grey images are grey in three channels, transparency is dropped: the pixels of the RGB image stay."""
+    file = copy / "good" / "gen_samples_val" / "000003.png"
+    Image.open(file).convert(mode).save(file)
+    assert load_image(file).shape == (SIZE, SIZE, 3)
+    if mode == "RGBA":
+        assert np.array_equal(load_image(file), draw(16, 1)[3])
+    assert in_process(*flags(copy))[0] == 0
+
+
 def test_images_without_csv(copy, in_process):
     """gen_samples_val is taken, gen_samples beside it never is."""
     (copy / "good" / "val_syn_0.csv").unlink()
     save(draw(30, 5), copy / "good" / "gen_samples")
     code, out, _ = in_process(*flags(copy))
     assert code == 0 and "no val_syn_0.csv; taking 16 PNG files" in out and "gen_samples_val" in out
-    assert report(copy / "good")["rows"][1]["images"] == 16
+    row = report(copy / "good")["rows"][1]
+    assert row["images"] == 16 and row["label_share"] is None
 
 
 def test_subset_size_flag(copy, in_process):
     assert in_process(*flags(copy, "--subset-size", 9))[0] == 0
-    assert {r["subset_size"] for r in report(copy / "good")["rows"]} == {9}
+    assert {r["kid"]["vae:vae"]["subset_size"] for r in report(copy / "good")["rows"]} == {9}
 
 
 def test_spaces_have_their_own_columns(copy, in_process):
@@ -171,7 +267,7 @@ def test_spaces_have_their_own_columns(copy, in_process):
     code, out, _ = in_process(*flags(copy, "--features", copy / "vae", copy / "vae2"))
     assert code == 0
     assert list(report(copy / "good")["rows"][0]["kid"]) == ["vae:vae", "vae:vae2"]
-    assert "KID[vae:vae] x1e-3" in out and "KID[vae:vae2] x1e-3" in out
+    assert "KID[vae:vae] ×1e-3" in out and "KID[vae:vae2] ×1e-3" in out
     shutil.copytree(copy / "vae", copy / "other" / "vae")
     code, _, err = in_process(*flags(copy, "--features", copy / "vae", copy / "other" / "vae"))
     assert code == 2 and "two spaces" in err
@@ -213,6 +309,23 @@ def many_images(copy):
     save_generated(copy / "good", draw(84, 1))
 
 
+def sixteen_bits(copy):
+    Image.fromarray(np.full((SIZE, SIZE), 40000, np.uint16)).save(copy / "good" / "gen_samples_val" / "000004.png")
+
+
+def absent(copy):
+    (copy / "good" / "gen_samples_val" / "000009.png").unlink()
+
+
+def empty(copy):
+    shutil.rmtree(copy / "good")
+    (copy / "good").mkdir()
+
+
+def damaged_settings(copy):
+    (copy / "good" / "settings.json").write_text("{")
+
+
 def no_scale(copy):
     (copy / "vae" / feature_spaces.SCALE_FILE).unlink()
 
@@ -234,7 +347,15 @@ def nothing(copy):
     (few_images, [], ["subsets of 1", "7 generated", "generate 8"]),
     (many_images, [], ["subsets of 21", "20 real", "--subset-size 20"]),
     (no_scale, [], ["feature_scale", "python -m metrics.features --fit"]),
+    (sixteen_bits, [], ["000004.png", "expected 8 bits"]),
+    (absent, [], ["val_syn_0.csv", "1 missing file", "000009.png"]),
+    (empty, [], ["--gen", "no image in it"]),
+    (damaged_settings, [], ["settings.json", "damaged"]),
     (nothing, ["--features", "dinov9"], ["--features dinov9", "retina"]),
+    (nothing, ["--lpips", "vgg"], ["--lpips vgg", "alex=FILE or none"]),
+    (nothing, ["--lpips", "alex"], ["--image-size 16", "--lpips none"]),
+    (nothing, ["--classifier", "none.pt"], ["--classifier none.pt", "classify.py"]),
+    (nothing, ["--gg-extractor", "vgg"], ["vgg", "retina"]),
     (nothing, ["--device-list", "cuda:99"], ["cuda:99", "--device-list"]),
     (nothing, ["--device-list", "gpu"], ["gpu", "cuda:N"]),
     (nothing, ["--output", __file__], ["--output", "is a file"]),
@@ -243,7 +364,7 @@ def test_mistakes(copy, in_process, monkeypatch, damage, more, parts):
     def slow(*_):
         raise AssertionError("slow work began")
 
-    monkeypatch.setattr(evaluate, "extract", slow)
+    monkeypatch.setattr(evaluation, "extract", slow)
     damage(copy)
     before = sorted(copy.rglob("*"))
     code, out, err = in_process(*flags(copy, *more))
@@ -259,15 +380,15 @@ def test_mistakes(copy, in_process, monkeypatch, damage, more, parts):
 
 def test_every_label_combination_is_shown_before_any_twice():
     labels = np.array([[0, 0]] * 6 + [[1, 0]] * 2 + [[1, 1]])
-    order = evaluate.different(labels, [5, 3, 7, 0, 8, 1, 2, 6, 4])
+    order = comparison.different(labels, [5, 3, 7, 0, 8, 1, 2, 6, 4])
     assert order == [5, 7, 8, 3, 0, 1, 2, 6, 4]
 
 
 def test_generated_images_are_matched_by_labels():
     wanted = np.array([[1, 0], [0, 0], [1, 0], [1, 1]])
     labels = np.array([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]])
-    assert evaluate.match(wanted, labels, [4, 3, 2, 1, 0]) == [3, 2, 4, 1]  # the second [1, 0]: any that is left
-    assert evaluate.match(wanted, None, [2, 0, 1]) == [2, 0, 1, None]
+    assert comparison.match(wanted, labels, [4, 3, 2, 1, 0]) == [3, 2, 4, 1]  # the second [1, 0]: any that is left
+    assert comparison.match(wanted, None, [2, 0, 1]) == [2, 0, 1, None]
 
 
 # ---- pictures

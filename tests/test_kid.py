@@ -1,12 +1,15 @@
 """metrics/kid.py: against torchmetrics, by hand, and in expectation."""
 
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image import kid as torchmetrics_kid
 
+from metrics import blocks
 from metrics.kid import draw_subsets, kid, polynomial_mmd
 from pipeline.cli import UserError
 
@@ -116,3 +119,38 @@ def test_impossible_subset_size(size, remedy):
     message = str(error.value)
     assert remedy in message and f"subsets of {size}" in message and "30 real, 20 generated" in message
     assert "\n" not in message
+
+
+def test_equals_torch_fidelity():
+    """One subset that holds every image: its order is chance, its value is not."""
+    real, generated = gaussian(0, 40), gaussian(1, 40, shift=0.3)
+    found = kid_features_to_metric(torch.as_tensor(real).double(), torch.as_tensor(generated).double(), kid_subsets=1,
+                                   kid_subset_size=40, rng_seed=0, verbose=False)
+    assert polynomial_mmd(real, generated) == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-10)
+
+
+@pytest.mark.parametrize("size, subsets", [(5, 3), (12, 20)])
+def test_both_ways_to_the_same_value(size, subsets):
+    """Few pairs in any subset: each subset has its own kernel; else one for all."""
+    real, generated = gaussian(0, 40), gaussian(1, 30, shift=0.3)
+    values = [polynomial_mmd(real[i], generated[j]) for i, j in draw_subsets(40, 30, size, subsets, 0)]
+    assert kid(real, generated, size, subsets) == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    real, generated = gaussian(0, 40), gaussian(1, 30, shift=0.3)
+    whole = kid(real, generated, 12)
+    monkeypatch.setattr(blocks, "SIDE", 7)
+    assert kid(real, generated, 12) == pytest.approx(whole, rel=1e-10)
+    assert polynomial_mmd([[0.0], [1.0], [2.0]], [[1.0], [2.0]]) == pytest.approx(29 / 3 + 27 - 2 * 189 / 6)
+
+
+@pytest.mark.parametrize("size, subsets", [(1000, 1), (1000, 5)])
+def test_memory_is_that_of_blocks(monkeypatch, size, subsets):
+    monkeypatch.setattr(blocks, "SIDE", 128)
+    real, generated = gaussian(0, 2000), gaussian(1, 2000)
+    tracemalloc.start()
+    kid(real, generated, size, subsets)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # the kernel of one subset at once: 8 MB

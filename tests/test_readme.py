@@ -62,7 +62,8 @@ def parse(script, arguments):
 
     Arguments None: its parser alone.
     """
-    module, real = importlib.import_module(script), Parser.parse_args
+    # A package that torch-fidelity installs is called `tests` too; what lies in ours is imported from its folder.
+    module, real = importlib.import_module(script.removeprefix("tests.")), Parser.parse_args
 
     def stop(parser):
         raise Parsed(parser, None if arguments is None else vars(real(parser)))

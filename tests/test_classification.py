@@ -1,0 +1,154 @@
+"""metrics/classification.py and pipeline/eyes.py: against reference values, by hand, against brute force."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metrics.classification import SCORES, all_scores, choose_thresholds, eyes, label_scores
+from pipeline.cli import UserError
+from pipeline.data import Split, read_split
+from pipeline.eyes import eye_ids
+
+GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())["classification"]
+
+
+def reference_set():
+    """Labels and probabilities of the reference values (computed once, by other code)."""
+    r = np.random.RandomState(GOLDEN["seed"])
+    shape = GOLDEN["n"], GOLDEN["classes"]
+    y = (r.rand(*shape) < np.linspace(0.05, 0.5, shape[1])).astype(float)
+    return 1 / (1 + np.exp(-(1.5 * r.standard_normal(shape) + 2 * y - 1.5))), y
+
+
+def test_equals_the_reference_values():
+    scores, labels = reference_set()
+    found = all_scores(scores, labels, [str(k) for k in range(11)])
+    for k, expected in enumerate(GOLDEN["per_class"]):
+        assert {key: found["labels"][str(k)][key] for key in SCORES} == pytest.approx(expected, abs=1e-9)
+    assert {key: found["macro"][key] for key in SCORES} == pytest.approx(GOLDEN["mean"], abs=1e-9)
+    assert found["macro"]["labels"] == 11
+
+
+def test_by_hand():
+    """Exactly 0.5 means that the label is there. Then: 2 of 3 found, 1 false alarm in 2, so precision 2/3.
+
+    Positives rank 1, 2, 5 among five: AP = (1 + 1 + 3/5) / 3; of 3 · 2 pairs 4 are in order.
+    """
+    found = label_scores([0.9, 0.5, 0.4, 0.499, 0.1], [1, 1, 0, 0, 1])
+    assert (found["sen"], found["spe"]) == pytest.approx((2 / 3, 1))
+    found = label_scores([0.9, 0.8, 0.7, 0.2, 0.1], [1, 1, 0, 0, 1])
+    assert found == pytest.approx({"positives": 3, "negatives": 2, "sen": 2 / 3, "spe": 1 / 2, "auc": 4 / 6,
+                                   "f1": 4 / 6, "f1_sen_spe": 4 / 7, "ap": 2.6 / 3})
+
+
+def test_nothing_predicted_is_zero():
+    found = label_scores([0.1, 0.2, 0.3], [0, 1, 0])
+    assert (found["sen"], found["spe"], found["f1"], found["f1_sen_spe"]) == (0, 1, 0, 0)
+    found = label_scores([0.9, 0.1], [0, 1])
+    assert (found["sen"], found["spe"], found["f1_sen_spe"]) == (0, 0, 0)
+
+
+def test_undefined_labels_are_left_out():
+    """Of three labels one has no positive image and one no negative: the mean is that of the third."""
+    scores = np.array([[0.9, 0.3, 0.2], [0.8, 0.1, 0.7], [0.2, 0.6, 0.8]])
+    found = all_scores(scores, np.array([[0, 1, 1], [0, 1, 0], [0, 1, 1]]), "ABC")
+    for name, counts in (("A", (0, 3)), ("B", (3, 0))):
+        row = found["labels"][name]
+        assert all(row[key] is None for key in SCORES) and (row["positives"], row["negatives"]) == counts
+    assert found["macro"] == {key: found["labels"]["C"][key] for key in SCORES} | {"labels": 1}
+    assert found["macro"]["ap"] == pytest.approx((1 + 2 / 3) / 2)
+    nothing = all_scores(scores, np.zeros((3, 3)), "ABC")["macro"]
+    assert nothing == dict.fromkeys(SCORES) | {"labels": 0}
+    json.dumps(found, allow_nan=False)
+
+
+# ---- thresholds
+
+
+def test_threshold_by_hand():
+    """Above 0.3: both positives and none of the negatives below; half-way between 0.2 and 0.3."""
+    assert choose_thresholds(np.array([[0.1], [0.2], [0.3], [0.35]]), np.array([[0], [0], [1], [1]])) == [0.25]
+
+
+def test_thresholds_are_the_best_there_are():
+    scores, labels = reference_set()
+    chosen = choose_thresholds(scores, labels)
+
+    def f1_sen_spe(k, threshold):
+        said, true = scores[:, k] >= threshold, labels[:, k] == 1
+        sen, spe = said[true].mean(), (~said[~true]).mean()
+        return 2 * sen * spe / (sen + spe)
+
+    reached = [f1_sen_spe(k, t) for k, t in enumerate(chosen)]
+    for k, best in enumerate(reached):
+        assert best >= max(f1_sen_spe(k, t) for t in np.linspace(0.02, 0.9, 400)) - 1e-12
+    found = all_scores(scores, labels, range(11), chosen)["macro"]["f1_sen_spe"]
+    assert found == pytest.approx(np.mean(reached)) and found > GOLDEN["mean"]["f1_sen_spe"] + 0.02
+
+
+def test_of_equal_thresholds_the_one_nearest_to_a_half():
+    """At 0.75 Sen and Spe are 1/2 and 1, at 0.2 they are 1 and 1/2; 0.75 is nearer."""
+    scores, labels = np.array([[0.1], [0.3], [0.6], [0.9]]), np.array([[0], [1], [0], [1]])
+    assert choose_thresholds(scores, labels) == [0.75]
+
+
+def test_no_threshold_where_none_can_be_chosen():
+    scores = np.array([[0.5, 0.1, 0.9], [0.5, 0.2, 0.1]])
+    assert choose_thresholds(scores, np.array([[1, 0, 0], [0, 0, 1]])) == [None, None, None]
+    found = all_scores(scores, np.array([[1, 0, 0], [0, 1, 1]]), "ABC", [None, 0.15, None])
+    assert (found["labels"]["A"]["sen"], found["labels"]["A"]["spe"]) == (1, 0)  # at 0.5
+    assert (found["labels"]["B"]["sen"], found["labels"]["B"]["spe"]) == (1, 1)
+
+
+# ---- eyes
+
+
+def test_an_eye_has_the_maximum_of_its_images():
+    scores = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4], [0.2, 0.95]])
+    labels = np.array([[0, 0], [1, 0], [0, 1], [0, 0]])
+    best, known, names = eyes(scores, labels, ["b", "a", "b", "b"])
+    assert names == ["b", "a"]
+    assert best.tolist() == [[0.3, 0.95], [0.8, 0.2]] and known.tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(UserError, match="2 names of eyes"):
+        eyes(scores, labels, ["a", "b"])
+
+
+def split(names, patients=None, column=None):
+    return Split(None, tuple(names), None, (), tuple(patients or names), column)
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["images/p0001_OD_1.png", "images/p0001_OD_2.png", "images/p0001_OS_1.png"],
+     ["P0001_OD", "P0001_OD", "P0001_OS"]),
+    (["a/1221_OD_o_2.jpg", "a/1221_OI_o_1.jpg", "a/0146_od_f_1.jpg"], ["1221_OD", "1221_OI", "0146_OD"]),
+    (["x/10-L-3-oct.jpg", "x/10-L-4-oct.jpg", "x/10-R-1.jpg"], ["10-L", "10-L", "10-R"]),
+    (["p0001_OD_1.png", "10-L-3.png"], None),  # two patterns
+    (["scan1.png", "scan2.png"], None),
+    (["1221_OD_o_2.jpg", "12_21_OI_o_1.jpg"], None)])
+def test_eyes_from_names(names, expected):
+    assert eye_ids(split(names)) == expected
+
+
+def test_names_that_contradict_the_patients_say_nothing():
+    names = ["img-1-a.png", "img-2-a.png", "img-3-a.png"]
+    assert eye_ids(split(names, "ppp")) is None  # three eyes
+    assert eye_ids(split(["a-1-x.png", "a-1-y.png"], "pq")) is None  # one eye of two patients
+    assert eye_ids(split(names[:2], "pp")) == ["IMG-1", "IMG-2"]
+
+
+def test_the_column_comes_first():
+    names = ["p0001_OD_1.png", "p0001_OD_2.png"]
+    assert eye_ids(split(names, ["p", "q"], ("left", "left"))) == ["p left", "q left"]
+
+
+def test_a_column_says_which_eye(tmp_path):
+    (tmp_path / "a.png").touch()
+    rows = "filename,AMD,eye,patient_name\na.png,1,OS,p7\n"
+    (tmp_path / "test.csv").write_text(rows)
+    found = read_split(tmp_path, "test")
+    assert found.label_names == ("AMD",) and eye_ids(found) == ["p7 OS"]
+    (tmp_path / "test.csv").write_text(rows.replace("OS", ""))
+    with pytest.raises(UserError, match="row 1: `eye` is empty"):
+        read_split(tmp_path, "test")

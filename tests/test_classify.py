@@ -1,0 +1,542 @@
+"""classify.py as a user runs it, on tiny phantoms with a tiny network; and the parts it is made of."""
+
+import json
+import shutil
+import signal
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import call_script, run_script, succeeded
+from PIL import Image
+
+import classify
+from metrics.classification import all_scores
+from pipeline import batches, runs
+from pipeline.batchnorm import BatchNorm
+from pipeline.classification_data import read_fold
+from pipeline.classification_report import summary
+from pipeline.classifier import build, load_classifier, save
+from pipeline.cli import UserError
+from pipeline.data import load_images, read_split, write_split
+from pipeline.files import file_hash
+from pipeline.synthetic import choose
+
+NET = ("--backbone", "test_byobnet", "--no-pretrained", "--image-size", 32, "--lr", 0.05, "--log-every", 1,
+       "--permutations", 99)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify") / "phantom"
+    succeeded(call_script("prepare_data.py", "--source", "phantom", "--count", 60, "--image-size", 32, "--folds", 2,
+                          "--output", folder))
+    return folder
+
+
+def run(data, output, *more, way=call_script, **launch):
+    return way("classify.py", "--data-path", data, "--output", output, *NET, "--epochs", 2, *more, **launch)
+
+
+@pytest.fixture(scope="module")
+def baseline(data):
+    """Both folds, without synthetic images."""
+    folder = data.parent / "baseline"
+    folder.mkdir()
+    (folder / "said.txt").write_text(succeeded(run(data, folder)))
+    return folder
+
+
+def sample_folder(place, data, fold=0, rounds=2, label_names=None, labels=None, about=None, name="train_syn"):
+    """What sample_ddp.py leaves: real training images, mirrored, `rounds` times over."""
+    split = read_split(data, f"train_{fold}")
+    folder = place / f"GeCA-XS-GS-fold-{fold}-nstep-9"
+    (folder / "gen_samples").mkdir(parents=True)
+    names = [f"gen_samples/{i:06d}.png" for i in range(rounds * len(split))]
+    for i, file in enumerate(names):
+        Image.open(split.image_paths[i % len(split)]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / file)
+    labels = np.tile(split.labels if labels is None else labels, (rounds, 1))
+    write_split(folder, f"{name}_{fold}", names, labels, label_names or split.label_names, names)
+    said = {"model": "GeCA-XS", "trained_on_fold": fold, "training_images": file_hash(data / f"train_{fold}.csv")}
+    (folder / "settings.json").write_text(json.dumps({"about": said | (about or {})}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def synthetic(data):
+    place = data.parent / "synthetic"
+    for fold in (0, 1):
+        sample_folder(place, data, fold)
+    return place
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def metrics(folder, name, fold=0):
+    records = map(json.loads, (folder / f"fold-{fold}" / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r[name] for r in records if name in r}
+
+
+# ---- from end to end
+
+
+def test_a_run_leaves_what_it_promises(data, baseline):
+    found, said = results(baseline), (baseline / "said.txt").read_text()
+    split = read_split(data, "test")
+    assert (found["kind"], found["method"], found["data"]) == ("classification", "baseline", "phantom")
+    assert found["test_sha256"] == file_hash(data / "test.csv") and found["label_names"] == list(split.label_names)
+    assert list(found["folds"]) == ["0", "1"] and found["significance"] is None
+    for k, fold in found["folds"].items():
+        sizes = [len(read_split(data, name)) for name in (f"train_{k}", f"val_{k}", "test")]
+        assert [fold["n_train"], fold["n_val"], fold["n_test"], fold["n_synthetic"]] == [*sizes, 0]
+        assert fold["epochs"] == 2 and fold["steps"] == 2 * (sizes[0] // 8) and fold["best_epoch"] in (1, 2)
+        with np.load(baseline / f"predictions_{k}.npz") as file:
+            saved = dict(file)
+        assert saved["filenames"].tolist() == list(split.filenames) and np.array_equal(saved["labels"], split.labels)
+        best = load_classifier(baseline / f"fold-{k}" / "checkpoints" / "best_ckpt.pt")
+        scores = best.scores(load_images(split.image_paths, 32))
+        np.testing.assert_allclose(saved["scores"], scores, rtol=1e-4, atol=1e-5)
+        expected = all_scores(saved["scores"].astype(float), split.labels, split.label_names)
+        image = fold["levels"]["image"]
+        assert image["0.5"]["labels"] == expected["labels"] and image["0.5"]["macro"] == expected["macro"]
+        low, high = image["0.5"]["intervals"]["ap"]
+        assert low < expected["macro"]["ap"] < high and low < high
+        assert fold["validation_map"] == max(metrics(baseline, "validation_map", k).values())
+        assert fold["levels"]["eye"]["0.5"]["macro"]["ap"] is not None
+        chosen = [t for t in saved["image_thresholds"] if np.isfinite(t)]
+        assert chosen and chosen == [t for t in image["validation"]["thresholds"].values() if t is not None]
+        log = (baseline / f"fold-{k}" / "log.txt").read_text()
+        assert "images/s" in log and "mixed precision no" in log and "tested the network of epoch" in log
+        assert list(metrics(baseline, "loss", k)) == list(range(1, fold["steps"] + 1))
+        assert any(p.name.startswith("events.out") for p in (baseline / f"fold-{k}").iterdir())
+    values = [fold["levels"]["image"]["0.5"]["macro"]["ap"] for fold in found["folds"].values()]
+    assert found["summary"]["image"]["0.5"]["ap"] == pytest.approx(
+        {"mean": sum(values) / 2, "std": abs(values[0] - values[1]) / 2**0.5, "folds": 2})
+    assert f"{50 * sum(values):.2f} ± {abs(values[0] - values[1]) * 50 * 2**0.5:.2f}" in said
+    assert said.rstrip().endswith(f"{baseline}: results.json")
+
+
+def test_a_finished_fold_stays_and_others_join_it(data, baseline, tmp_path):
+    succeeded(run(data, tmp_path / "out", "--fold", 1))
+    assert list(results(tmp_path / "out")["folds"]) == ["1"]
+    file = tmp_path / "out" / "fold-1" / "checkpoints" / "last_ckpt.pt"
+    before = file.stat().st_mtime_ns
+    succeeded(run(data, tmp_path / "out"))
+    assert file.stat().st_mtime_ns == before
+    ours, theirs = results(tmp_path / "out")["folds"], results(baseline)["folds"]
+    assert ours["0"]["levels"] == theirs["0"]["levels"] and ours["1"]["levels"] == theirs["1"]["levels"]
+    done = run(data, tmp_path / "out", "--augment", "none")
+    assert done.returncode == 2 and "other settings (augment geometric, now none)" in done.stderr
+
+
+def test_the_default_output_is_a_numbered_folder_found_again(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("classify.py", "--data-path", data, *NET, "--fold", 0, "--epochs", 1)
+    for _ in range(2):
+        succeeded(call_script(*command))
+    succeeded(call_script(*command, "--augment", "none"))
+    assert sorted(p.name for p in (tmp_path / "results_classify").iterdir()) == [
+        "000-baseline", "001-baseline-without-augmentation"]
+
+
+def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_path):
+    out = succeeded(run(data, tmp_path / "out", "--synthetic", synthetic, "--baseline", baseline))
+    found = results(tmp_path / "out")
+    assert found["method"] == "GeCA-XS" and "against baseline" in out
+    for k, fold in found["folds"].items():
+        real = fold["n_train"]
+        assert fold["n_synthetic"] == 2 * real and fold["steps_per_epoch"] == 3 * real // 8 and not fold["remarks"]
+        assert fold["synthetic"][0]["folder"].endswith(f"fold-{k}-nstep-9")
+    block = found["significance"]
+    assert block["baseline"] == "baseline" and block["updates"][0] > block["updates"][1]
+    image = block["levels"]["image"]
+    test = read_split(data, "test")
+    assert image["units"] == len(set(test.patients)) and image["permutations"] == 99
+    difference = [f["summary"]["image"]["0.5"]["ap"]["mean"] for f in (found, results(baseline))]
+    assert image["permutation"]["ap"]["difference"] == pytest.approx(difference[0] - difference[1])
+    assert 0.01 <= image["permutation"]["ap"]["p"] <= 1 and set(image["paired"]) == {"ap", "f1_sen_spe"}
+    defined = sum(test.labels.any(0))
+    assert image["paired"]["ap"]["pairs"] == 2 * defined and block["levels"]["eye"]["units"] == image["units"]
+
+    assert call_script("classify.py", "--data-path", data, "--output", tmp_path / "x", *NET, "--fold", 0, "--baseline",
+                       baseline).stderr.endswith("compare runs on the same data and folds\n")
+
+
+def test_equal_updates_with_and_without_synthetic_images(data, synthetic, tmp_path):
+    """--steps-per-epoch: as many steps and validations, whatever there is to train with; and --real-to-synthetic."""
+    steps = []
+    for name, more in (("a", ()), ("b", ("--synthetic", synthetic, "--real-to-synthetic", 1.5))):
+        succeeded(run(data, tmp_path / name, "--fold", 0, "--steps-per-epoch", 3, *more))
+        steps.append((list(metrics(tmp_path / name, "loss")), list(metrics(tmp_path / name, "validation_map"))))
+    assert steps[0] == steps[1] == ([1, 2, 3, 4, 5, 6], [3, 6])
+    fold = results(tmp_path / "b")["folds"]["0"]
+    assert fold["n_synthetic"] == int(1.5 * fold["n_train"])
+
+
+def test_a_subset_of_the_labels(data, synthetic, tmp_path):
+    succeeded(run(data, tmp_path / "out", "--fold", 0, "--labels", "AMD", "NOR", "--synthetic", synthetic))
+    assert results(tmp_path / "out")["label_names"] == ["NOR", "AMD"]
+    assert load_classifier(tmp_path / "out/fold-0/checkpoints/best_ckpt.pt").label_names == ("NOR", "AMD")
+    with np.load(tmp_path / "out" / "predictions_0.npz") as file:
+        assert np.array_equal(file["labels"], read_split(data, "test").labels[:, :2])
+
+
+def test_test_images_are_opened_once_and_last(data, tmp_path, monkeypatch):
+    opened, load = [], batches.load_image
+    monkeypatch.setattr(batches, "load_image", lambda path, size: (opened.append(path.name), load(path, size))[1])
+    succeeded(run(data, tmp_path / "out", "--fold", 0, "--cache-gb", 0))
+    names = [p.name for p in read_split(data, "test").image_paths]
+    assert sorted(opened[-len(names):]) == sorted(names) and not {*opened[:-len(names)]} & {*names}
+
+
+# ---- stopping, processes
+
+
+def equal_runs(a, b, rtol):
+    assert metrics(a, "loss") == pytest.approx(metrics(b, "loss"), rel=rtol)
+    assert metrics(a, "validation_map") == pytest.approx(metrics(b, "validation_map"), rel=rtol)
+    files = [np.load(folder / "predictions_0.npz")["scores"] for folder in (a, b)]
+    np.testing.assert_allclose(*files, rtol=rtol, atol=rtol / 10)
+
+
+def test_stopped_and_continued_is_as_if_never_stopped(data, baseline, tmp_path, monkeypatch):
+    """Ctrl-C at step 1 stops at step 5, inside an epoch or at its end; the same command goes on."""
+    log_metrics = runs.RunLog.metrics
+
+    def ctrl_c(log, step, **values):
+        log_metrics(log, step, **values)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    more = ("--fold", 0, "--steps-per-epoch", 7)
+    succeeded(run(data, tmp_path / "whole", *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunLog, "metrics", ctrl_c)
+        done = run(data, tmp_path / "halves", *more)
+    assert done.returncode == 130 and "stopped at step 5; the same command continues" in done.stdout
+    assert not (tmp_path / "halves" / "results.json").exists()
+    assert "continuing from step 5" in succeeded(run(data, tmp_path / "halves", *more))
+    equal_runs(tmp_path / "halves", tmp_path / "whole", 1e-5)
+
+
+def test_two_processes_train_as_one_does(data, baseline, tmp_path):
+    succeeded(run(data, tmp_path / "two", "--fold", 0, way=run_script, processes=2, launcher="torchrun"))
+    assert "2 process(es)" in (tmp_path / "two" / "fold-0" / "log.txt").read_text()
+    equal_runs(tmp_path / "two", baseline, 1e-3)
+    assert len((tmp_path / "two/fold-0/metrics.jsonl").read_text().splitlines()) == len(
+        (baseline / "fold-0" / "metrics.jsonl").read_text().splitlines())
+
+
+# ---- leaks and other mistakes: one line, exit code 2, nothing written
+
+
+def shared_patient(place, data):
+    rows, others = ((data / f"{name}.csv").read_text().splitlines() for name in ("test", "train_0"))
+    rows[1] = ",".join([*rows[1].split(",")[:-1], others[1].split(",")[-1]])
+    (data / "test.csv").write_text("\n".join(rows))
+
+
+def validation_samples(place, data):
+    sample_folder(place, data, name="val_syn")
+
+
+def labels_of_the_test_set(place, data):
+    labels = read_split(data, "test").labels
+    folder = sample_folder(place, data)
+    names = [f"gen_samples/{i:06d}.png" for i in range(len(labels))]
+    write_split(folder, "train_syn_0", names, labels, read_split(data, "test").label_names, names)
+
+
+def other_generator(place, data):
+    sample_folder(place, data, about={"training_images": file_hash(data / "train_1.csv"), "trained_on_fold": 1})
+
+
+def unknown_generator(place, data):
+    sample_folder(place, data, about={"training_images": "0" * 64})
+
+
+def generator_of_another_fold(place, data):
+    sample_folder(place, data, about={"training_images": None, "trained_on_fold": 1})
+
+
+def other_fold(place, data):
+    sample_folder(place, data, fold=1)
+
+
+def two_folders(place, data):
+    sample_folder(place, data)
+    shutil.copytree(place / "GeCA-XS-GS-fold-0-nstep-9", place / "again")
+
+
+def other_labels(place, data):
+    sample_folder(place, data, label_names=[*"ABCDEFGHIJK"])
+
+
+def unfinished(place, data):
+    (sample_folder(place, data) / "train_syn_0.csv").rename(place / "GeCA-XS-GS-fold-0-nstep-9" / "train_syn_0.npy")
+
+
+def no_folder(place, data):
+    pass
+
+
+@pytest.mark.parametrize("damage, inside, parts", [
+    (shared_patient, None, ["train_0.csv and test.csv: 1 patient(s)", "--allow-leaks"]),
+    (validation_samples, True, ["val_syn_0.csv", "train_syn_0.csv", "validation images"]),
+    (labels_of_the_test_set, False, ["train_syn_0.csv", "test.csv"]),
+    (other_generator, False, ["trained on train_1.csv", "expected train_0.csv"]),
+    (unknown_generator, False, ["does not list"]),
+    (generator_of_another_fold, False, ["trained on fold 1", "fold 0"]),
+    (other_fold, True, ["train_syn_1", "another fold", "train_syn_0.csv"]),
+    (other_fold, False, ["neither it nor a folder in it", "train_syn_0.csv"]),
+    (two_folders, False, ["2 folders", "again", "GeCA-XS-GS-fold-0-nstep-9"]),
+    (other_labels, False, ["A B C", "NOR AMD"]),
+    (unfinished, True, ["unfinished"]), (unfinished, False, ["is unfinished"]),
+    (no_folder, False, ["no such folder"])])
+def test_leaks_and_wrong_samples_are_refused(data, tmp_path, damage, inside, parts):
+    data = shutil.copytree(data, tmp_path / "data")
+    place = tmp_path / "synthetic"
+    damage(place, data)
+    more = () if inside is None else ("--synthetic", next(place.iterdir()) if inside else place)
+    done = run(data, tmp_path / "out", "--fold", 0, *more)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("classify.py: error: ") and not done.stdout
+    for part in parts:
+        assert part in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_leaks_can_be_allowed_and_stay_in_the_results(data, tmp_path):
+    data = shutil.copytree(data, tmp_path / "data")
+    shared_patient(None, data)
+    out = succeeded(run(data, tmp_path / "out", "--fold", 0, "--epochs", 1, "--allow-leaks"))
+    assert "warning: LEAK: " in out and "1 patient(s)" in results(tmp_path / "out")["folds"]["0"]["remarks"][0]
+
+
+def arguments(data, *more):
+    return classify.parse_args(["--data-path", str(data), *map(str, more)])
+
+
+def test_labels_are_joined_by_name(data, tmp_path):
+    """Columns in reverse order; and samples of which nothing is known: allowed, with a remark."""
+    split = read_split(data, "train_0")
+    folder = sample_folder(tmp_path, data, rounds=1, label_names=split.label_names[::-1], labels=split.labels[:, ::-1])
+    (folder / "settings.json").unlink()
+    fold = read_fold(arguments(data, "--synthetic", folder), 0)
+    assert np.array_equal(fold.training.labels, np.tile(split.labels, (2, 1)))
+    assert len(fold.remarks) == 1 and "does not say which images" in fold.remarks[0]
+    assert fold.training.paths[len(split)].parent.parent == folder
+
+
+def test_labels_made_by_hand_are_remarked(data, tmp_path):
+    """Shuffled labels, as in the check that images without meaning do not help."""
+    split = read_split(data, "train_0")
+    sample_folder(tmp_path, data, labels=split.labels[::-1])
+    fold = read_fold(arguments(data, "--synthetic", tmp_path), 0)
+    assert len(fold.remarks) == 1 and "row by row" in fold.remarks[0]
+
+
+def test_which_synthetic_images():
+    assert choose(20, 30, 10, 0) == list(range(20))
+    chosen = choose(50, 25, 10, 0)
+    assert chosen[:20] == list(range(20)) and len(chosen) == 25 and {*chosen[20:]} < {*range(20, 30)}
+    assert chosen != choose(50, 25, 10, 1)
+
+
+@pytest.mark.parametrize("more, parts", [
+    (["--labels", "XYZ"], ["--labels XYZ", "NOR AMD"]),
+    (["--fold", "7"], ["train_7.csv"]),
+    (["--pretrained"], ["--backbone test_byobnet", "fetch_assets.py --to DIR", "--assets DIR", "--pretrained-file",
+                        "--no-pretrained"]),
+    (["--pretrained", "--pretrained-file", "nowhere.pt"], ["nowhere.pt", "no such file"]),
+    (["--pretrained-file", "x.pt"], ["contradicts --no-pretrained"]),
+    (["--backbone", "resnet51"], ["--backbone", "no such model"]),
+    (["--real-to-synthetic", "2"], ["needs --synthetic"]),
+    (["--mixed-precision", "fp16"], ["fp16 needs a GPU"]),
+    (["--global-batch-size", "1"], ["--global-batch-size", "1 image(s)"]),
+    (["--baseline", "nowhere"], ["--baseline", "no such file"]),
+    (["--lr", "0"], ["expected a number of at least"]),
+    (["--output", __file__], ["is a file"])])
+def test_mistakes(data, tmp_path, monkeypatch, more, parts):
+    monkeypatch.setattr("pipeline.assets.reachable", lambda url: False)
+    done = run(data, tmp_path / "out", "--fold", 0, *more)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the parts
+
+
+def test_the_rate_is_halved_when_validation_stalls(data, tmp_path):
+    """The same scores after every epoch: progress at epoch 5, where counting begins; halved 5 epochs later, twice.
+
+    Stopped and continued at epoch 8, where three of the five have passed.
+    """
+    args = arguments(data, *NET, "--epochs", 20, "--early-stopping", 18, "--method", "m")
+    fold = read_fold(args, 0)
+    scores = np.random.default_rng(0).random(fold.validation.labels.shape)
+
+    def opened():
+        made = classify.Training(args, Accelerator(cpu=True), fold)
+        made.predict = lambda *_: scores
+        return made
+
+    training, rates, best = opened(), [], []
+    while not training.finished:
+        if training.epoch == 8:
+            training.save(tmp_path / "last.pt", training=training.state())
+            training = opened()
+            training.restore(tmp_path / "last.pt")
+        training.step += training.steps_per_epoch
+        best.append(training.validate()[1])
+        rates.append(round(0.05 / training.lr))
+    assert rates == 9 * [1] + 5 * [2] + 5 * [4]
+    assert best == [True] + 18 * [False]  # the first of equal ones; then --early-stopping
+    training.optimiser.param_groups[0]["lr"], training.best_epoch = 0.9e-7, training.epoch
+    assert training.finished
+
+
+def test_augmentation_is_a_function_of_seed_pass_and_image(data):
+    paths = read_split(data, "train_0").image_paths
+    made = batches.Batches(batches.ImageStore(paths, 32, 1e9), 4, "geometric", 0, 0)
+    numbers, pixels = made(3)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "geometric", 0, 0)
+    shares = [again(3, rank, 2) for rank in (0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for rank, (mine, part) in enumerate(shares):
+        assert mine == numbers[rank::2] and torch.equal(part, pixels[rank::2])
+    plain = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "none", 0, 0)(3)
+    assert plain[0] == numbers and np.array_equal(plain[1], load_images([paths[i] for i in numbers], 32))
+    assert all((a != b).any() for a, b in zip(plain[1], pixels, strict=True))
+    per_pass = len(paths) // 4
+    first = [made.images_of_step(s)[1] for s in range(per_pass)]
+    assert len({i for batch in first for i in batch}) == 4 * per_pass  # each at most once
+    assert made.images_of_step(per_pass) != (1, first[0]) and made.images_of_step(per_pass)[0] == 1
+
+
+def test_every_image_and_pass_is_changed_in_its_own_way(data):
+    one = read_split(data, "train_0").image_paths[:1]
+    made = batches.Batches(batches.ImageStore(8 * one, 32, 1e9), 4, "geometric", 0, 0)
+    assert len({image.numpy().tobytes() for step in range(4) for image in made(step)[1]}) == 16
+
+
+def test_augmentation_changes_what_it_says():
+    """A white square on grey stays one and in the middle third, wherever it turns; brightness differs by no more."""
+    image = np.full((64, 64, 3), 100, np.uint8)
+    image[28:36, 28:36] = 180
+    made = [batches.geometric(image, torch.Generator().manual_seed(i)) for i in range(60)]
+    assert all(m.shape == image.shape and m.dtype == np.uint8 for m in made)
+    levels = [float(np.median(m)) for m in made]
+    assert min(levels) < 92 and max(levels) > 108 and min(levels) > 60 and max(levels) < 145
+    for m in made:
+        bright = np.argwhere(m[..., 0] > np.median(m) + 25)
+        assert 40 < len(bright) < 130 and (abs(bright.mean(0) - 31.5) < 12).all()
+
+
+def test_images_are_kept_up_to_the_limit(data, monkeypatch):
+    opened, load = [], batches.load_image
+    monkeypatch.setattr(batches, "load_image", lambda path, size: (opened.append(path), load(path, size))[1])
+    store = batches.ImageStore(read_split(data, "train_0").image_paths[:4], 16, 2 * 3 * 16 * 16 + 5)
+    for _ in range(2):
+        store.stack([0, 1, 2, 3])
+    assert len(store.kept) == 2 and len(opened) == 4 + 2
+
+
+def test_batch_norm_is_torchs():
+    """In one process: outputs, gradients and running statistics, in training and after it."""
+    x = 100 + torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    theirs = torch.nn.BatchNorm2d(3, momentum=0.5)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor([0.5, 1, 2]))
+        theirs.bias.copy_(torch.tensor([1.0, 0, -1]))
+    ours = BatchNorm(torch.nn.BatchNorm2d(3, momentum=0.5))
+    ours.load_state_dict(theirs.state_dict())
+    grads = []
+    for norm in (ours, theirs):
+        value = x.clone().requires_grad_()
+        out = norm(value)
+        (out.square() * torch.arange(2)).sum().backward()
+        grads.append((out, value.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var,
+                      norm.eval()(x)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert ours.num_batches_tracked == 1
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    file = tmp_path_factory.mktemp("classifier") / "c.pt"
+    save(file, build("test_byobnet", 2, 32, seed=3), "test_byobnet", ["A", "B"])
+    return file
+
+
+def test_a_classifier_prepares_its_images(classifier):
+    loaded = load_classifier(classifier)
+    assert (loaded.label_names, loaded.image_size, loaded.dimensions) == (("A", "B"), 32, 256)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    scores = loaded.scores(images, batch_size=2)
+    assert scores.shape == (5, 2) and scores.dtype == np.float32
+    config = loaded.network.backbone.pretrained_cfg
+    x = (images / 255 - config["mean"]) / config["std"]
+    with torch.inference_mode():
+        expected = loaded.network.backbone(torch.tensor(x).permute(0, 3, 1, 2).float()).sigmoid()
+        features = loaded.network.backbone.forward_features(torch.tensor(x).permute(0, 3, 1, 2).float())
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    np.testing.assert_allclose(loaded.features(images), features.mean((2, 3)), rtol=1e-3, atol=1e-4)
+    padded = np.pad(images, ((0, 0), (0, 0), (7, 7), (0, 0)))
+    np.testing.assert_allclose(loaded.scores(padded), scores, atol=1e-6)  # the central crop
+    assert loaded.scores(images[:, ::2, ::2]).shape == (5, 2)
+
+
+def test_the_identity_changes_with_the_weights(classifier, tmp_path):
+    def identity(**changes):
+        save(tmp_path / "x.pt", build("test_byobnet", 2, changes.get("size", 32), changes.get("seed", 3)),
+             "test_byobnet", ["A", "B"])
+        return load_classifier(tmp_path / "x.pt").identity
+
+    assert identity() == load_classifier(classifier).identity
+    assert len({identity(), identity(seed=4), identity(size=24)}) == 3
+
+
+def test_files_that_are_no_classifier(classifier, tmp_path):
+    state = torch.load(classifier, weights_only=True)
+    torch.save({**state, "kind": "other"}, tmp_path / "other.pt")
+    torch.save({**state, "backbone": "test_resnet"}, tmp_path / "weights.pt")
+    torch.save({**state, "model": Namespace(a=1)}, tmp_path / "unsafe.pt")
+    torch.save({**state, "format_version": 99}, tmp_path / "future.pt")
+    (tmp_path / "damaged.pt").write_bytes(classifier.read_bytes()[:-500])
+    for name, part in (("nowhere", "no such file"), ("other", "not a classifier"), ("weights", "weights are not"),
+                       ("unsafe", "safely"), ("future", "format 99"), ("damaged", "safely")):
+        with pytest.raises(UserError, match=part) as error:
+            load_classifier(tmp_path / f"{name}.pt")
+        assert "\n" not in str(error.value) and f"{name}.pt" in str(error.value)
+
+
+def test_published_weights_come_from_a_file(data, tmp_path):
+    """A file of timm's layout, 1000 classes: everything but the last layer is taken from it."""
+    import timm
+
+    source = timm.create_model("test_byobnet")
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    made = build("test_byobnet", 3, 32, pretrained=True, file=tmp_path / "weights.pt").backbone
+    other = [k for k, v in made.state_dict().items() if not torch.equal(v, source.state_dict()[k])]
+    assert made.num_classes == 3 and {k.rpartition(".")[0] for k in other} == {made.pretrained_cfg["classifier"]}
+    assert all(p.requires_grad for p in made.parameters())
+    again = build("test_byobnet", 3, 32, pretrained=True, file=tmp_path / "weights.pt").backbone
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in made.state_dict().items())
+
+
+def test_a_level_that_some_fold_lacks_has_no_mean():
+    levels = {"image": {"0.5": {"macro": dict.fromkeys(("sen", "spe", "auc", "f1", "f1_sen_spe"), 0.5) | {"ap": None}}},
+              "eye": None}
+    found = summary([{"levels": levels}])
+    assert found["eye"] is None and found["image"]["0.5"]["ap"] == {"mean": None, "std": None, "folds": 0}
+    assert found["image"]["0.5"]["sen"] == {"mean": 0.5, "std": None, "folds": 1}
