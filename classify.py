@@ -1,0 +1,237 @@
+"""Train a classifier on real and generated images, test it once: one row of the paper's Table 2.
+
+    python classify.py --data-path data/oct --fold all --output results_classify/baseline
+    python classify.py --data-path data/oct --fold all --synthetic synthetic_oct --baseline results_classify/baseline
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 classify.py --data-path data/oct ...
+
+`--synthetic`: a folder of sample_ddp.py, or a folder that holds one for each fold. Epochs are passes over real and
+generated images together, as in the paper: with five times as many images there are six times as many updates. Whether
+a gain comes from the images or from the updates, only `--steps-per-epoch N`, the same N for all rows, can tell; that
+also gives all rows the same schedule. The network is chosen by the mAP of the validation images; the images of test.csv
+are opened once for each fold, at the end.
+Writes OUTPUT/results.json (see pipeline/classification_report.py), predictions_{fold}.npz and, for each fold,
+fold-{fold}/: log.txt, metrics.jsonl, TensorBoard events, checkpoints/best_ckpt.pt and last_ckpt.pt. The same command
+continues a stopped run; folds that are finished stay, and further folds add to them.
+"""
+
+import math
+import sys
+import time
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from pipeline import classification_report as reports
+from pipeline import classifier as classifiers
+from pipeline import runs
+from pipeline.batches import AUGMENTATIONS, ImageStore
+from pipeline.classification_data import folds_of, read_fold
+from pipeline.classification_output import claim, find_output, settings_of, settings_of_fold
+from pipeline.classification_training import MIN_LR, MOMENTUM, OPTIMISERS, Training
+from pipeline.cli import Parser, UserError, integer, number, run
+from pipeline.files import make_folder
+from pipeline.runtime import Interruption, start, stop
+from pipeline.synthetic import default_method
+
+AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
+
+
+def train(training, log, interruption):
+    """Train until --epochs, the smallest learning rate or an interruption. Was it interrupted?"""
+    args, accelerator, checkpoints = training.args, training.accelerator, log.folder / "checkpoints"
+    bar = tqdm(initial=training.step, total=args.epochs * training.steps_per_epoch, unit="step", mininterval=5,
+               desc=f"fold {training.fold.number}", disable=not log.active)
+
+    def interrupted():
+        """On any process: all must do the same."""
+        asked = torch.tensor(float(interruption.asked), device=accelerator.device)
+        return accelerator.reduce(asked, "sum").item() > 0
+
+    losses, window = [], time.time()
+    while not training.finished:
+        stopped = False
+        for batch in training.epoch_of_batches():
+            losses.append(training.train_step(*batch))
+            bar.update()
+            end = training.step % training.steps_per_epoch == 0
+            if training.step % args.log_every == 0 or end:
+                loss = accelerator.reduce(torch.stack(losses).mean(), "sum").item()
+                if not math.isfinite(loss):
+                    raise UserError(f"the loss is {loss} at step {training.step}; lower --lr or use bf16 for fp16")
+                rate = len(losses) * training.batch / (time.time() - window)
+                log.metrics(training.step, loss=loss, images_per_second=rate, lr=training.lr)
+                losses, window = [], time.time()
+            if training.step % AGREE_EVERY == 0 and not end and interrupted():
+                stopped = True
+                break
+        if not stopped:
+            value, best = training.validate()
+            log.text(f"fold {training.fold.number}, epoch {training.epoch}: loss {loss:.4f}, validation mAP "
+                     f"{100 * value:.2f}{' (best)' if best else ''}, rate {training.lr:g}, {rate:.1f} images/s")
+            log.metrics(training.step, validation_map=value)
+            if best:
+                training.save(checkpoints / "best_ckpt.pt")
+            stopped = interrupted() and not training.finished
+        training.save(checkpoints / "last_ckpt.pt", training=training.state())
+        if stopped:
+            log.text(f"stopped at step {training.step}; the same command continues")
+            bar.close()
+            return True
+        window = time.time()  # the rate is that of training
+    bar.close()
+    return False
+
+
+def run_fold(args, fold, settings, interruption):
+    """Train, choose and test one fold, unless that is done already. Was it interrupted?"""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
+    folder = reports.fold_folder(args.output, fold.number)
+    training = Training(args, accelerator, fold)
+    last = folder / "checkpoints" / "last_ckpt.pt"
+    exists = last.is_file()
+    if exists:
+        training.restore(last)
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    log = runs.RunLog(folder, settings, accelerator.is_main_process, training.step)
+    log.text(f"{args.method}, fold {fold.number}: {args.backbone}, {args.image_size} pixels, {fold.real} real and "
+             f"{len(fold.training) - fold.real} synthetic images, {training.steps_per_epoch} steps of {training.batch} "
+             f"per epoch, {accelerator.num_processes} process(es) on {accelerator.device}, mixed precision "
+             f"{accelerator.mixed_precision}")
+    for remark in fold.remarks:
+        log.text(f"warning: {remark}")
+    if exists:
+        log.text(f"continuing from step {training.step}")
+    accelerator.wait_for_everyone()  # the folder is there
+    stopped = train(training, log, interruption)
+    if not stopped:
+        test(training, log)
+    log.close()
+    return stopped
+
+
+def test(training, log):
+    """Score the chosen network, in float32, on validation images (for thresholds) and, once, on the test images."""
+    args, accelerator, fold = training.args, training.accelerator, training.fold
+    best = classifiers.load_classifier(log.folder / "checkpoints" / "best_ckpt.pt", accelerator.device)
+    store = ImageStore(fold.test.paths, args.image_size, 0)
+    validation, tested = (training.predict(best.scores, s) for s in (training.validation, store))
+    about = {"best_epoch": training.best_epoch, "epochs": training.epoch, "steps": training.step,
+             "steps_per_epoch": training.steps_per_epoch, "validation_map": training.best, "seed": args.global_seed,
+             "classifier": best.identity, "mixed_precision": accelerator.mixed_precision}
+    if accelerator.is_main_process:
+        reports.save_fold(args.output, *reports.fold_result(fold, validation, tested, about, args.global_seed))
+        log.text(f"fold {fold.number}: tested the network of epoch {training.best_epoch} of {training.epoch}")
+    accelerator.wait_for_everyone()
+
+
+def main():
+    args = parse_args()
+    folds = [read_fold(args, number) for number in folds_of(args.data_path, args.fold)]
+    args.method = args.method or default_method(folds[0].synthetic, args.augment)
+    settings = settings_of(args, folds[0])
+    args.output = find_output(args, settings, folds)
+    done = reports.finished(args.output)
+    if args.baseline:
+        reports.check_comparable(args.baseline, settings, {*done, *(fold.number for fold in folds)})
+    process = start()
+    left = [fold for fold in folds if fold.number not in done]
+    if left:
+        check_start(args, left, process)
+    make_folder(args.output, "--output")  # if it cannot be, better now than later
+    process.wait_for_everyone()  # every process has looked before the first one writes
+    if process.is_main_process:
+        claim(args.output, settings)
+    with Interruption() as interruption:
+        stopped = any(run_fold(args, fold, settings_of_fold(settings, fold), interruption) for fold in left)
+    if stopped:
+        stop()
+        sys.exit(130)
+    if process.is_main_process:
+        print(f"\n{reports.write(args, settings)}\n\n{args.output}: results.json")
+    process.wait_for_everyone()
+
+
+def check_start(args, folds, process):
+    """What else could go wrong only after the start: precision, batch, weights, image size. Raises UserError."""
+    precision = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision).mixed_precision
+    if precision == "fp16" and process.device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU (there is no loss scaling on a CPU); give bf16 or no")
+    smallest = min(min(args.global_batch_size, len(fold.training)) for fold in folds)
+    if smallest < process.num_processes:
+        raise UserError(f"--global-batch-size {args.global_batch_size}: {smallest} images per step, expected at least "
+                        f"one for each of the {process.num_processes} processes")
+    net = classifiers.build(args.backbone, len(folds[0].label_names), args.image_size, args.global_seed,
+                            args.pretrained, args.pretrained_file)
+    classifiers.check(net, smallest, f"--backbone {args.backbone}")
+
+
+def fold_number(text):
+    """An argparse type: the number of a fold, or "all"."""
+    return text if text == "all" else integer(0)(text)
+
+
+def parse_args(arguments=None):
+    """The flags, their defaults filled in. Raises UserError where they contradict each other."""
+    args = parser().parse_args(arguments)
+    for name, value in OPTIMISERS[args.optimizer].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.pretrained_file and not args.pretrained:
+        raise UserError("--pretrained-file: contradicts --no-pretrained; leave one of them out")
+    if args.real_to_synthetic is not None and not args.synthetic:
+        raise UserError("--real-to-synthetic: needs --synthetic; leave it out")
+    return args
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
+    p.add_argument("--fold", type=fold_number, default="all", metavar="K", help="a fold's number, or all")
+    p.add_argument("--synthetic", type=Path, nargs="+", default=[], metavar="DIR", help="sample folders of "
+                   "sample_ddp.py to train with, or folders that hold one for each fold")
+    p.add_argument("--output", type=Path, metavar="DIR", help="for results (default: the next "
+                   "results_classify/NNN-METHOD, or that with the same settings)")
+    p.add_argument("--method", help="name of the row (default: the generator's model, or baseline)")
+    p.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json, or its folder, of a run on the same "
+                   "folds to test the difference against")
+    p.add_argument("--permutations", type=integer(99), default=10000, help="of that test; fewer than 9999 cannot "
+                   "reach ****")
+    g = p.add_argument_group("data")
+    g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")
+    g.add_argument("--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images per real one, at "
+                   "most, over all --synthetic (default: all that there are)")
+    g.add_argument("--augment", choices=AUGMENTATIONS, default="geometric",
+                   help="rotation, zoomed crop, mirror, contrast and brightness, or nothing")
+    g.add_argument("--allow-leaks", action="store_true", help="go on, with a warning that stays in the results, where "
+                   "test or validation patients are trained on")
+    g.add_argument("--cache-gb", type=number(0), default=4, help="decoded images kept in memory, by each process: "
+                   "gigabytes for training and as many for validation images; what is beyond is read again")
+    g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read and change images")
+    g = p.add_argument_group("network")
+    g.add_argument("--backbone", default="resnet50.tv_in1k", help="any timm model")
+    g.add_argument("--pretrained", action=BooleanOptionalAction, default=True, help="start from published weights")
+    g.add_argument("--pretrained-file", type=Path, metavar="FILE", help="a file of those weights")
+    g.add_argument("--image-size", type=integer(8, 2048), default=448, help="side of the square crop, in pixels")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=integer(1), default=80, help="at most")
+    g.add_argument("--steps-per-epoch", type=integer(1), help="updates between validations (default: one pass over "
+                   "all training images, real and synthetic)")
+    g.add_argument("--early-stopping", type=integer(1), metavar="EPOCHS", help="stop after so many epochs without a "
+                   f"better validation mAP (default: only when the learning rate is below {MIN_LR:g})")
+    g.add_argument("--global-batch-size", type=integer(1), default=8, help="images per step over all processes")
+    g.add_argument("--optimizer", choices=OPTIMISERS, default="sgd", help=f"SGD with momentum {MOMENTUM}, or AdamW")
+    g.add_argument("--lr", type=number(MIN_LR), help="learning rate (default: 1e-3 for sgd, 1e-4 for adamw)")
+    g.add_argument("--weight-decay", type=number(0), help="(default: 1e-4 for sgd, 1e-2 for adamw)")
+    g.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default=None,
+                   help="of training and validation (default: as accelerate was configured, or no)")
+    g.add_argument("--global-seed", type=integer(0), default=0, help="seed of every draw")
+    g.add_argument("--eval-batch-size", type=integer(1), default=32, help="images per forward pass of evaluation")
+    g.add_argument("--log-every", type=integer(1), default=50, metavar="STEPS", help="steps between metrics")
+    return p
+
+
+if __name__ == "__main__":
+    run(main, stop)

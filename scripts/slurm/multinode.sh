@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A table on 2 nodes with 4 GPUs each, step after step: training and classifiers with accelerate, extraction and
+# sampling with torchrun. Submit from the repository:
+#
+#   DATA=data/oct OUTPUT=runs/oct sbatch scripts/slurm/multinode.sh 2
+#
+# The same command goes on where it stopped. Batches are counted over all 8 processes.
+#SBATCH --job-name=geca-tables
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=48:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --output=slurm-%j.txt
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)  # the first node is where processes meet
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))          # a port of this job's own
+export GPUS=4                       # of each node; read by accelerate_node.sh
+export OMP_NUM_THREADS=4
+export OMP_WAIT_POLICY=PASSIVE
+export PYTHONUNBUFFERED=1
+export NCCL_DEBUG=WARN              # says why where the nodes do not find each other
+# export NCCL_SOCKET_IFNAME=ib0     # the network between the nodes, where NCCL picks the wrong one
+# export NCCL_IB_DISABLE=1          # no InfiniBand
+# export HF_HUB_OFFLINE=1           # nodes without network: fill the caches first (fetch_assets.py), or use --assets
+
+exec scripts/table"${1:-2}".sh --data "$DATA" --output "$OUTPUT" \
+    --launch "srun --kill-on-bad-exit=1 scripts/slurm/accelerate_node.sh" \
+    --sample-launch "srun --kill-on-bad-exit=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=$GPUS \
+--rdzv_id=$SLURM_JOB_ID --rdzv_backend=c10d --rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT"
