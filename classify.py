@@ -173,9 +173,9 @@ def fold_number(text):
     return text if text == "all" else integer(0)(text)
 
 
-def parse_args(arguments=None):
+def parse_args():
     """The flags, their defaults filled in. Raises UserError where they contradict each other."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_args()
     for name, value in OPTIMISERS[args.optimizer].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

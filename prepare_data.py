@@ -9,13 +9,17 @@ Writes ROOT/images/, ROOT/test.csv and, for each fold k, ROOT/train_{k}.csv and 
 All or nothing: ROOT appears when it is complete.
 """
 
+import hashlib
 import os
 import shutil
+from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from pipeline.cli import Parser, UserError, integer, number, run
@@ -60,31 +64,49 @@ def main():
     with built_whole(args.output) as root:
         label_names, count, records = SOURCES[args.source].open(args)
         records = tqdm(records, args.source, count, unit="image", disable=None)
-        filenames, labels, patients = store(records, root)
-        fold = split_by_patient(labels, patients, args.folds, args.test_fraction, args.global_seed)
+        filenames, labels, patients, digests = store(records, root)
+        groups = join_identical(patients, digests) if args.join_identical else patients
+        fold = split_by_patient(labels, groups, args.folds, args.test_fraction, args.global_seed)
         splits = {"test": fold == TEST}
         for k in range(args.folds):
             splits |= {f"train_{k}": (fold != TEST) & (fold != k), f"val_{k}": fold == k}
         for name, chosen in splits.items():
             write_split(root, name, filenames[chosen], labels[chosen], label_names, patients[chosen])
     print(table(labels, patients, label_names, splits | {"total": np.ones(len(fold), bool)}))
-    print(f"\n{args.output}: {len(fold)} images of {len(set(patients))} patients, {args.folds} folds")
+    joined = len(set(patients)) - len(set(groups))
+    remark = f"; {joined} of them share an image with another and stay on its side" if joined else ""
+    print(f"\n{args.output}: {len(fold)} images of {len(set(patients))} patients{remark}, {args.folds} folds")
 
 
 def store(records, root):
-    """Write every image below `root` -> filenames (n,), labels (n, K), patients (n,)."""
+    """Write every image below `root` -> filenames (n,), labels (n, K), patients (n,), hashes of the pixels (n,)."""
     columns = []
     for patient, filename, labels, image in records:
         (root / filename).parent.mkdir(exist_ok=True)
         if isinstance(image, Path):
-            load_image(image)  # a damaged file is reported here, not in the middle of a training run
+            pixels = load_image(image)  # a damaged file is reported here, not in the middle of a training run
             shutil.copyfile(image, root / filename)
         else:
+            pixels = np.asarray(image)
             image.save(root / filename)
-        columns.append((filename, labels, patient))
+        columns.append((filename, labels, patient, hashlib.sha256(pixels.tobytes()).hexdigest()))
     if not columns:
         raise UserError("found no image in this source; check --input")
     return tuple(np.array(column) for column in zip(*columns, strict=True))
+
+
+def join_identical(patients, digests):
+    """Patients and hashes of pixels (n,) -> (n,): one name, their first, for all patients that share a picture.
+
+    Public collections hold the same picture under several patients; one of them in the training set and another in the
+    test set would be a leak.
+    """
+    names, patient = np.unique(patients, return_inverse=True)
+    _, picture = np.unique(digests, return_inverse=True)
+    both = coo_matrix((np.ones(len(patient)), (patient, picture + patient.max() + 1)),
+                      shape=(patient.max() + picture.max() + 2,) * 2)
+    together = connected_components(both, directed=False)[1][:len(names)]
+    return names[np.unique(together, return_index=True)[1][together]][patient]
 
 
 def table(labels, patients, label_names, splits):
@@ -109,6 +131,8 @@ def parser():
     p.add_argument("--image-size", type=integer(16, 2048), help="phantom: size in pixels (default: 256)")
     p.add_argument("--folds", type=integer(2), default=5, help="folds for cross-validation")
     p.add_argument("--test-fraction", type=number(0.01, 0.9), default=0.2, help="share of the test set")
+    p.add_argument("--join-identical", action=BooleanOptionalAction, default=True,
+                   help="keep patients who share an identical picture on one side of every split")
     p.add_argument("--global-seed", type=integer(0), default=0, help="seed of split and phantoms")
     return p
 

@@ -16,7 +16,8 @@ SUBSETS = 100  # as in the paper
 
 def polynomial_kernel(x, y):
     """k(x, y) = (x·y / d + 1)³ for all pairs: (m, d), (n, d) -> (m, n)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base  # NumPy's power takes ten times as long
 
 
 def polynomial_mmd(x, y):

@@ -100,7 +100,7 @@ def paired_permutation(real, first, second, draws=10_000, seed=0, units=None):
     scale = abs(contributions).max() or 1.0
     difference, p = permutation_test(lambda swap: (1 - 2 * swap) @ (contributions / scale) / len(first),
                                      np.arange(len(first)) if units is None else units, draws, seed)
-    return difference * scale, p
+    return float(difference * scale), p
 
 
 def pair_contributions(real, first, second):

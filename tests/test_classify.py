@@ -3,7 +3,9 @@
 import json
 import shutil
 import signal
+import sys
 from argparse import Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -318,7 +320,8 @@ def test_leaks_can_be_allowed_and_stay_in_the_results(data, tmp_path):
 
 
 def arguments(data, *more):
-    return classify.parse_args(["--data-path", str(data), *map(str, more)])
+    with mock.patch.object(sys, "argv", ["classify.py", "--data-path", str(data), *map(str, more)]):
+        return classify.parse_args()
 
 
 def test_labels_are_joined_by_name(data, tmp_path):

@@ -326,3 +326,11 @@ def test_phantom_end_to_end(tmp_path):
         image = load_image(path)
         assert image.shape == (32, 32, 3)
         assert image.std() > 5
+
+
+def test_patients_who_share_a_picture_are_joined():
+    """b and c share a picture, c and a another one: one name for the three; d stands alone."""
+    patients = np.array(["d", "b", "c", "c", "a"])
+    pictures = np.array(["1", "2", "2", "3", "3"])
+    assert prepare_data.join_identical(patients, pictures).tolist() == ["d", "a", "a", "a", "a"]
+    assert prepare_data.join_identical(patients, np.arange(5)).tolist() == patients.tolist()

@@ -139,7 +139,7 @@ def test_further_published_flags_and_defaults(script, required, more, defaults):
 def test_flags_in_prose_exist():
     """`--flag` in the running text of a page."""
     known = {"--help", "--nproc-per-node"} | {
-        flag for script in [*SCRIPTS, "benchmarks.bench"] for action in parse(script, None)[0]._actions
+        flag for script in [*SCRIPTS, "benchmarks.bench", "scripts.plan"] for action in parse(script, None)[0]._actions
         for flag in action.option_strings}
     known |= set(re.findall(r"--[a-z]+(?=\)|\|)", (ROOT / "quickstart.sh").read_text()))
     named = {(p.name, flag.replace("_", "-")) for p in PAGES for code in re.findall(r"`([^`\n]+)`", p.read_text())
