@@ -189,10 +189,11 @@ class Evaluation:
                 "paired": self.paired(generated), "over_seeds": over_seeds(rows), "warnings": self.warnings(rows)}
 
     def paired(self, generated):
-        """For every two folders that answer the same labels: the difference of their KID, and a p-value."""
+        """For every two methods on the same labels and with the same seed: the difference of their KID, a p-value."""
         found = []
         for a, b in itertools.combinations(generated, 2):
-            if not self.args.resamples or a.labels is None or not np.array_equal(a.labels, b.labels):
+            alike = method(a.folder) == method(b.folder) or a.about.get("seed") != b.about.get("seed")
+            if alike or not self.args.resamples or a.labels is None or not np.array_equal(a.labels, b.labels):
                 continue
             for space in self.networks.compared:
                 difference, p = trust.paired_permutation(*(self.features(space, s) for s in (self.real, a, b)),
@@ -203,11 +204,7 @@ class Evaluation:
 
     def warnings(self, rows):
         """What a reader should doubt."""
-        found, floor = [], rows[0]
-        for row, (space, score) in ((r, item) for r in rows[1:] for item in r["kid"].items()):
-            if "interval" in score:
-                distance = score["mean"] - floor["kid"][space]["mean"]
-                found += few(row, space, distance, score["standard_error"], min(row["images"], len(self.real)))
+        found = [line for space in self.networks.compared for line in few(rows, space, len(self.real))]
         if not self.held_out:
             found.append(f"{self.args.real}: has no test.csv; the noise floor is made of training images, so GG and "
                          "copies have none")
@@ -219,16 +216,27 @@ class Evaluation:
                                     self.args.image_size)
 
 
-def few(row, space, distance, error, images):
-    """A warning, or none: are there too few images to know this score, as far above the noise floor as it is?"""
-    if distance < 2 * error:
-        return [f"{row['name']}: KID[{space}] of {images} images cannot be told from the noise floor; only more "
-                "images, or another feature space, could tell"]
-    if error < distance / PRECISE:
-        return []
-    count = trust.images_needed(images, error, distance / PRECISE)
-    return [f"{row['name']}: {images} images are few: KID[{space}] is {1e3 * distance:.0f}e-3 ± {2e3 * error:.0f}e-3 "
-            f"above the noise floor; for a standard error of a tenth, about {count} generated and real ones would do"]
+def few(rows, space, real):
+    """Warnings of too few images to know the KIDs of these rows, as far above the noise floor as they are."""
+    floor, unknown, needed = rows[0]["kid"][space]["mean"], [], []
+    for row in rows[1:]:
+        score, images = row["kid"][space], min(row["images"], real)
+        if "interval" not in score:
+            continue
+        distance, error = score["mean"] - floor, score["standard_error"]
+        if distance < 2 * error:
+            unknown.append(row["name"])
+        elif error > distance / PRECISE:
+            needed.append(f"{row['name']} {trust.images_needed(images, error, distance / PRECISE)}")
+    found = [f"KID[{space}] cannot be told from the noise floor: {'; '.join(unknown)}; only more images, or another "
+             "feature space, could tell"] if unknown else []
+    return found + ([f"few images for KID[{space}]; for a standard error of a tenth of the distance to the noise "
+                     f"floor, about so many generated and real ones: {'; '.join(needed)}"] if needed else [])
+
+
+def method(folder):
+    """The name of a sample folder without its seed."""
+    return re.sub(r"-seed-\d+", "", Path(folder).name)
 
 
 def over_seeds(rows):
@@ -236,7 +244,7 @@ def over_seeds(rows):
     groups = {}
     for row in rows:
         if row["kind"] == "generated":
-            groups.setdefault(re.sub(r"-seed-\d+", "", Path(row["folder"]).name), []).append(row)
+            groups.setdefault(method(row["folder"]), []).append(row)
     found = []
     for name, members in groups.items():
         if len(members) > 1:

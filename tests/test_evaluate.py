@@ -142,8 +142,8 @@ def test_end_to_end(world, tmp_path):
     assert page.count("data:image/png;base64,") == 3 and "http" not in page  # it needs no other file
     assert f"{rows[2]['fid'][space]:.2f}" in page
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 2 and "good: KID[vae:vae] of 16 images cannot be told from the noise floor" in warnings[0]
-    assert "bad: 20 images are few" in warnings[1]
+    assert len(warnings) == 2 and "KID[vae:vae] cannot be told from the noise floor: good;" in warnings[0]
+    assert "few images" in warnings[1] and "real ones: bad 1" in warnings[1]
 
 
 def test_copies_of_training_images_are_found(copy, in_process):
