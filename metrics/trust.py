@@ -77,7 +77,8 @@ def _interval(value, values, level):
 
     Percentiles, moved so that their mean is the score. Mirrored ones (score − upper quantile, ...), which the theory
     of subsamples would take, are too low for a score like KID that varies more where it is larger: in the worst case
-    tried (one dimension, 50 images) they held the truth in 77 % of cases, these in 92 %.
+    tried (one dimension, 50 to 500 images) they held the truth in 77 to 87 % of cases, these in 88 to 92 %; both do
+    in 94 % with 200 images in 4 dimensions.
     """
     low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2])
     return {"value": value, "interval": [value + float(low), value + float(high)],

@@ -188,21 +188,33 @@ def test_hours_of_a_benchmark(dry, root):
     assert "train-GeCA-S-0: not measured" in dry(2, "--launch", "x --mixed_precision fp16", *more)[0]
 
 
+def make_run(folder, rates, started):
+    """A run folder with logged images per second."""
+    folder.mkdir(parents=True)
+    lines = [{"step": i, "images_per_second": rate} for i, rate in enumerate(rates)] + [{"step": 9, "kid": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text(f"run: 5 images, 9 process(es) on cpu\nrun: 5 images, {started}, mixed\n")
+
+
 def test_hours_of_earlier_runs(tmp_path):
-    for name, rates, started in (("train/GeCA-S-fold-0/000-GeCA-S-0", (2, 40, 44), "4 process(es) on cuda"),
-                                 ("train/GeCA-S-fold-1/000-GeCA-S-1", (10,), "1 process(es) on cuda"),
-                                 ("train/DiT-S-fold-0/000-DiT-S-0", (), "1 process(es) on cpu"),
-                                 ("classify/baseline/fold-0", (5,), "1 process(es) on cpu")):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        lines = [{"step": i, "images_per_second": rate} for i, rate in enumerate(rates)] + [{"step": 9, "kid": 1.0}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "log.txt").write_text(f"run: 5 images, 9 process(es) on cpu\nrun: 5 images, {started}, mixed\n")
+    make_run(tmp_path / "train/GeCA-S-fold-0/000-GeCA-S-0", (2, 40, 44), "4 process(es) on cuda")
+    make_run(tmp_path / "train/GeCA-S-fold-1/000-GeCA-S-1", (10,), "1 process(es) on cuda")
+    make_run(tmp_path / "train/DiT-S-fold-0/000-DiT-S-0", (), "1 process(es) on cpu")
     found = Throughput(tmp_path, None, 32, {})
     hours = found.hours(("train", "GeCA-S", 36000))
     assert (hours.hours, hours.unit) == (1.0, "GPU hours")  # the median of 40 / 4 and 10
     assert found.hours(("train", "DiT-S", 1)) is None and found.hours(None) is None
-    assert str(found.hours(("classify", None, 18000))) == "1.00 CPU hours (at the throughput of 1 run(s) here)"
+    assert str(Throughput(tmp_path, None, 32, {}).hours(("train", "GeCA-S", 18000))) == (
+        "0.50 GPU hours (at the throughput of 2 run(s) here)")
+
+
+def test_hours_of_classifiers(dry, root):
+    make_run(root.parent / "out" / "classify" / "baseline" / "fold-0", (5,), "1 process(es) on cpu")
+    text, _ = dry(2, "--models", "GeCA-S", "--only", "baseline", "classify")
+    real = 80 * (6 + 4) / 5 / 3600  # epochs x training images of both folds / rate
+    assert f"# 1 baseline-baseline-all: {real:.2f} CPU hours" in text
+    assert f"# 3 classify-GeCA-S-all: {6 * real:.2f} CPU hours" in text  # with five synthetic images for each
+    assert text.splitlines()[0].endswith(f"to come: {8 * real:.2f} CPU hours")
 
 
 # ---- running it
