@@ -27,11 +27,12 @@ from metrics import report as reports
 from metrics.evaluation import Evaluation, Networks
 from metrics.features import NAMES, PUBLISHED
 from metrics.kid import check_subset_size
+from metrics.prdc import NEAREST
 from pipeline import runtime
 from pipeline.cli import Parser, UserError, integer, run
 from pipeline.comparison import picture
 from pipeline.data import check_images
-from pipeline.files import make_folder, write_atomically, write_text
+from pipeline.files import make_writable, write_atomically, write_text
 from pipeline.image_sets import PICTURE, check_size, open_generated, open_real
 
 CACHE = Path("~/.cache/geca/features")
@@ -49,8 +50,12 @@ def main():
     found = [open_generated(folder, args.fold, label_names) for folder in args.gen]
     generated = distinct([images for images, _ in found])
     for s in generated:
-        check_subset_size(args.subset_size or len(s) // 4, real=len(real), generated=len(s), reference=len(floor))
-    make_folder(args.output, "--output")  # if it cannot be, better now than later
+        check_subset_size(args.subset_size or len(s) // 4, real=len(real), generated=len(s))
+    for s in (real, floor, training, *generated):
+        if len(s) <= NEAREST:
+            raise UserError(f"{s.name}: found {len(s)} images, expected more than {NEAREST}; coverage looks at so many "
+                            "neighbours of each")
+    make_writable(args.output, "--output")  # if it cannot be, better now than later
     networks = Networks(args, args.device_list or [runtime.start().device], label_names)
     for s in generated:
         check_size(s.paths, args.image_size)
@@ -59,6 +64,10 @@ def main():
         if remark:
             print(remark)
 
+    digests = [s.digest() for s in generated]
+    if len({*digests}) < len(digests):
+        twice = [s.name for s, digest in zip(generated, digests, strict=True) if digests.count(digest) > 1]
+        raise UserError(f"--gen: {' and '.join(twice)} hold the same images; give each set once")
     evaluation = Evaluation(args, networks, real, training, floor, label_names)
     rows = [evaluation.row(floor), *(evaluation.row(s) for s in generated)]
     report = evaluation.report(rows, generated) | {"settings": settings(args), "versions": runtime.versions()}
@@ -80,7 +89,7 @@ def open_splits(args):
 
 def open_floor(args, label_names, training, count):
     """Real images for the noise floor: at most `count` of the test images; where there are none, training images."""
-    source = training
+    source = replace(training, name=f"{training.name}, a part")
     if (args.real / "test.csv").is_file():
         source, names = open_real(args.real, "test")
         if names != label_names:
@@ -90,8 +99,10 @@ def open_floor(args, label_names, training, count):
 
 def distinct(sets):
     """The same sets, with the shortest names that tell them apart: of the model, the folder, or its place."""
-    for naming in (lambda s: s.about.get("model", s.name), lambda s: "{model}, seed {seed}".format_map(s.about) if
-                   s.about else s.name, lambda s: s.name, lambda s: str(s.folder)):
+    def with_seed(s):
+        return f"{s.about['model']}, seed {s.about['seed']}" if {"model", "seed"} <= s.about.keys() else s.name
+
+    for naming in (lambda s: s.about.get("model", s.name), with_seed, lambda s: s.name, lambda s: str(s.folder)):
         names = [naming(s) for s in sets]
         if len({*names}) == len(names):
             return [replace(s, name=name) for s, name in zip(sets, names, strict=True)]
@@ -116,8 +127,8 @@ def pictures(evaluation, real, generated, label_names, args):
 
 
 def write_results(args, report, shown):
-    files = {"results.json": json.dumps(report, indent=1) + "\n", "results.txt": reports.text(report) + "\n",
-             "report.html": reports.page(report, shown)}
+    files = {"results.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+             "results.txt": reports.text(report) + "\n", "report.html": reports.page(report, shown)}
     try:
         for name, text in files.items():
             write_text(args.output / name, text)
@@ -166,8 +177,8 @@ def parser():
                    "does an image show the labels it was asked for?")
     g.add_argument("--subset-size", type=integer(2),
                    help="images per KID subset (default: a fourth of the generated images, as in the paper)")
-    g.add_argument("--resamples", type=integer(0), default=1000,
-                   help="draws of bootstrap and permutation test; 0: none")
+    g.add_argument("--resamples", type=integer(20), default=1000,
+                   help="half-samples from which the interval of KID is made (of FID and GG a tenth)")
     g.add_argument("--global-seed", type=integer(0), default=0, help="seed of the subsets and of all choices")
     g = p.add_argument_group("machine")
     g.add_argument("--device-list", type=device, nargs="+", metavar="DEVICE",

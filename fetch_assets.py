@@ -133,7 +133,10 @@ def read_checksums(folder):
     """Name of an asset -> its entry (`describe`); empty where there is no checksums.json yet. Raises UserError."""
     file = folder / CHECKSUMS
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        if not (isinstance(found, dict) and all(isinstance(e, dict) and "files" in e for e in found.values())):
+            raise ValueError("not what fetch_assets.py writes")
+        return found
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); remove it and run fetch_assets.py --to {folder} again") from None
 

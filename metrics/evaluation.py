@@ -1,6 +1,7 @@
 """The scores of sets of images in one place: which network sees which set, and what a row of results.json holds."""
 
 import itertools
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -21,6 +22,8 @@ from pipeline.data import load_images
 
 PRECISE = 10  # a score is known well if its standard error is a tenth of its distance to the noise floor
 CLOSEST = 16  # pairs of sample and training image in the picture
+PAIRS = 4_000_000  # of training and generated images, up to which GG is fitted often enough for an interval
+CANDIDATES = 3  # training images per sample that are compared by LPIPS
 
 
 class Networks:
@@ -47,8 +50,13 @@ class Networks:
                                 f"expected the labels of --real: {' '.join(label_names)}")
 
     def _open(self, name, devices, flag):
-        copies = [open_features(name, device) for device in devices]
-        self.spaces.setdefault(copies[0].name, copies)
+        try:
+            copies = [open_features(name, device) for device in devices]
+        except UserError as error:
+            raise UserError(str(error).replace("--features", flag)) from None
+        known = self.spaces.setdefault(copies[0].name, copies)
+        if known[0].identity != copies[0].identity:
+            raise UserError(f"{flag} {name}: another network is called {copies[0].name} too; rename one of the files")
         return copies[0].name
 
     def about(self):
@@ -77,7 +85,7 @@ class Evaluation:
     def __init__(self, args, networks, real, training, floor, label_names):
         self.args, self.networks, self.label_names = args, networks, label_names
         self.real, self.training, self.floor = real, training, floor
-        self.held_out = floor.name != training.name  # else the floor was trained on: it cannot serve for copies
+        self.held_out = {*floor.paths}.isdisjoint(training.paths)  # else it cannot serve for copies
         self.device, self.baseline = networks.devices[0], None
         self.known = {}  # (space, name of the set) -> features
         self.hashes, self.closest = {}, {}  # name of the set -> hashes of its pixels; its pairs nearest to training
@@ -99,7 +107,7 @@ class Evaluation:
 
     def probabilities(self, images):
         """What the classifier says of a set: (n, K)."""
-        paths, size = images.paths, max(self.args.image_size, self.networks.classifier.image_size)
+        paths, size = images.paths, self.args.image_size  # real images as small as generated ones
         parts = [self.networks.classifier.scores(load_images(paths[i:i + self.args.batch_size], size))
                  for i in range(0, len(paths), self.args.batch_size)]
         return np.concatenate(parts)
@@ -112,12 +120,13 @@ class Evaluation:
         subset = self.args.subset_size or len(images) // 4  # ⌊n/4⌋ as in the paper
         found = {"name": images.name, "folder": str(images.folder), "kind": "generated" if generated else "real",
                  "images": len(images), "sha256": images.digest(), "about": images.about,
-                 "kid": {}, "fid": {}, "fidelity": {}, "gg": None, "lpips": None, "memorisation": None,
-                 "conditioning": None, "label_share": self.label_share(images)}
+                 "kid": {}, "fid": {}, "fid_interval": {}, "fidelity": {}, "gg": None, "lpips": None,
+                 "memorisation": None, "conditioning": None, "label_share": self.label_share(images)}
         for space in self.networks.compared:
             x, y = self.features(space, self.real), self.features(space, images)
             found["kid"][space] = self.kid(x, y, min(subset, len(x), len(y)))
             found["fid"][space] = fid(x, y)
+            found["fid_interval"][space] = self.interval(fid, x, y)
             found["fidelity"][space] = asdict(prdc(x, y))
         if generated or self.held_out:
             found["gg"] = self.gap(images)
@@ -135,17 +144,23 @@ class Evaluation:
 
     def kid(self, x, y, subset):
         mean, std = kid(x, y, subset, SUBSETS, self.args.global_seed)
-        found = {"mean": mean, "std": std, "subset_size": subset}
-        if self.args.resamples and min(len(x), len(y)) >= 4:
-            found |= trust.kid_interval(x, y, self.args.resamples, self.args.global_seed)
-        return found
+        return {"mean": mean, "std": std, "subset_size": subset,
+                **trust.kid_interval(x, y, self.args.resamples, self.args.global_seed)}
+
+    def interval(self, statistic, *sets):
+        """95 % over the images of these sets; with a tenth of the half-samples of KID, as each costs a whole score."""
+        draws, seed = max(2, self.args.resamples // 10), self.args.global_seed
+        return trust.bootstrap(statistic, *sets, draws=draws, seed=seed)["interval"]
 
     def gap(self, images):
-        train, test = (self.features(self.networks.gg, s) for s in (self.training, self.real))
-        found = fld(train, test, self.features(self.networks.gg, images), self.args.global_seed, self.device,
-                    self.baseline)
+        """GG and FLD; the interval of GG is over validation and generated images, for these training images."""
+        train, test, made = (self.features(self.networks.gg, s) for s in (self.training, self.real, images))
+        seed, interval = self.args.global_seed, None
+        found = fld(train, test, made, seed, self.device, self.baseline)
         self.baseline = found.baseline  # that of real images: the same for every set
-        return asdict(found) | {"gap": found.gap, "fld": found.fld}
+        if len(train) * len(made) <= PAIRS:
+            interval = self.interval(lambda x, y: fld(train, x, y, seed, self.device, 0.0).gap, test, made)
+        return asdict(found) | {"gap": found.gap, "fld": found.fld, "gap_interval": interval}
 
     def copies(self, images):
         """Are the samples copies of training images? And of each other?"""
@@ -157,7 +172,19 @@ class Evaluation:
             found = replace(found, closest=closest)
         self.closest[images.name] = found.closest
         pixels = (self.pixels(s) for s in (images, self.training))
-        return asdict(found) | {"exact_duplicates": asdict(memorisation.exact_duplicates(*pixels))}
+        return asdict(found) | {"exact_duplicates": asdict(memorisation.exact_duplicates(*pixels)),
+                                "close_by_lpips": self.close_by_lpips(images, train, test, made)}
+
+    def close_by_lpips(self, images, train, test, made):
+        """`close` with LPIPS as the distance, to the nearest of a few candidates that the feature space proposes."""
+        if not self.networks.lpips:
+            return None
+        args, gaps = self.args, []
+        for s, features in ((images, made), (self.real, test)):
+            candidates, _ = memorisation.nearest(features, train, CANDIDATES)
+            gaps.append(memorisation.nearest_by_lpips(self.networks.lpips, s.paths, self.training.paths, candidates,
+                                                      args.image_size, args.batch_size, f"{s.name}, copies")[1])
+        return asdict(memorisation.close_share(*gaps))
 
     def pixels(self, images):
         """Hashes of the decoded pixels of a set."""
@@ -186,29 +213,31 @@ class Evaluation:
         return {"kind": "generation", "format_version": 1, "data": data, "image_size": self.args.image_size,
                 "seed": self.args.global_seed, "subsets": SUBSETS, "spaces": self.networks.compared,
                 "gg_space": self.networks.gg, "networks": self.networks.about(), "rows": rows,
-                "paired": self.paired(generated), "over_seeds": over_seeds(rows), "warnings": self.warnings(rows)}
+                "paired": self.paired(generated), "over_seeds": over_seeds(rows),
+                "warnings": self.warnings(rows, generated)}
 
     def paired(self, generated):
         """For every two methods on the same labels and with the same seed: the difference of their KID, a p-value."""
         found = []
         for a, b in itertools.combinations(generated, 2):
-            alike = method(a.folder) == method(b.folder) or a.about.get("seed") != b.about.get("seed")
-            if alike or not self.args.resamples or a.labels is None or not np.array_equal(a.labels, b.labels):
+            alike = method(a.folder, a.about) == method(b.folder, b.about) or a.about.get("seed") != b.about.get("seed")
+            if alike or a.labels is None or not np.array_equal(a.labels, b.labels):
                 continue
             for space in self.networks.compared:
-                difference, p = trust.paired_permutation(*(self.features(space, s) for s in (self.real, a, b)),
-                                                         self.args.resamples, self.args.global_seed)
+                difference, p = trust.paired_difference(*(self.features(space, s) for s in (self.real, a, b)))
                 found.append({"a": a.name, "b": b.name, "space": space, "images": len(a),
                               "difference": difference, "p": p})
         return found
 
-    def warnings(self, rows):
+    def warnings(self, rows, generated):
         """What a reader should doubt."""
+        foreign = [s.name for s in generated if s.about.get("trained_on_fold", self.args.fold) != self.args.fold]
         found = [line for space in self.networks.compared for line in few(rows, space, len(self.real))]
         if not self.held_out:
             found.append(f"{self.args.real}: has no test.csv; the noise floor is made of training images, so GG and "
                          "copies have none")
-        return found
+        return found + [f"{name}: its generator was trained on another fold, so it may have seen the images of "
+                        f"val_{self.args.fold}; its scores flatter" for name in foreign]
 
     def closest_pairs(self, images):
         """Picture: the samples nearest to a training image, each below it."""
@@ -218,25 +247,24 @@ class Evaluation:
 
 def few(rows, space, real):
     """Warnings of too few images to know the KIDs of these rows, as far above the noise floor as they are."""
-    floor, unknown, needed = rows[0]["kid"][space]["mean"], [], []
+    floor, unknown, needed = rows[0]["kid"][space], [], []
     for row in rows[1:]:
         score, images = row["kid"][space], min(row["images"], real)
-        if "interval" not in score:
-            continue
-        distance, error = score["mean"] - floor, score["standard_error"]
-        if distance < 2 * error:
+        distance, error = score["mean"] - floor["mean"], score["standard_error"]
+        if distance < 2 * math.hypot(error, floor["standard_error"]):
             unknown.append(row["name"])
         elif error > distance / PRECISE:
             needed.append(f"{row['name']} {trust.images_needed(images, error, distance / PRECISE)}")
     found = [f"KID[{space}] cannot be told from the noise floor: {'; '.join(unknown)}; only more images, or another "
              "feature space, could tell"] if unknown else []
-    return found + ([f"few images for KID[{space}]; for a standard error of a tenth of the distance to the noise "
-                     f"floor, about so many generated and real ones: {'; '.join(needed)}"] if needed else [])
+    return found + ([f"few images: to know how far KID[{space}] is above the noise floor to within a tenth, it takes "
+                     f"about so many generated and as many real ones: {'; '.join(needed)}"] if needed else [])
 
 
-def method(folder):
-    """The name of a sample folder without its seed."""
-    return re.sub(r"-seed-\d+", "", Path(folder).name)
+def method(folder, about):
+    """What made a sample folder: its name without the seed of sampling, and what it says but for seed and run."""
+    said = tuple(sorted((key, str(value)) for key, value in about.items() if key not in ("seed", "run")))
+    return re.sub(r"-seed-\d+", "", Path(folder).name), said
 
 
 def over_seeds(rows):
@@ -244,9 +272,9 @@ def over_seeds(rows):
     groups = {}
     for row in rows:
         if row["kind"] == "generated":
-            groups.setdefault(method(row["folder"]), []).append(row)
+            groups.setdefault(method(row["folder"], row["about"]), []).append(row)
     found = []
-    for name, members in groups.items():
+    for (name, _), members in groups.items():
         if len(members) > 1:
             values = {f"KID[{space}]": [r["kid"][space]["mean"] for r in members] for space in members[0]["kid"]}
             values |= {f"FID[{space}]": [r["fid"][space] for r in members] for space in members[0]["fid"]}

@@ -15,12 +15,13 @@ def columns(report):
     found = [("set", lambda r: r["name"]), ("images", lambda r: str(r["images"]))]
     for space in report["spaces"]:
         found += [(f"KID[{space}] ×1e-3", lambda r, s=space: _kid(r, s)),
-                  ("95 % interval", lambda r, s=space: _interval(r["kid"].get(s, {}).get("interval"), 1e3)),
+                  ("95 % interval of KID", lambda r, s=space: _interval(r["kid"].get(s, {}).get("interval"), 1e3)),
                   (f"FID[{space}]", lambda r, s=space: number(r["fid"].get(s), 2)),
                   ("precision, recall", lambda r, s=space: _fidelity(r, s, "precision", "recall")),
                   ("density, coverage", lambda r, s=space: _fidelity(r, s, "density", "coverage"))]
     found += [("LPIPS", lambda r: _spread(r.get("lpips"))),
               (f"GG[{report['gg_space']}]", lambda r: number((r.get("gg") or {}).get("gap"), 2)),
+              ("95 % interval of GG", lambda r: _interval((r.get("gg") or {}).get("gap_interval"), 1)),
               ("copies", lambda r: _copies(r.get("memorisation"))),
               ("AuthPct", lambda r: number((r.get("memorisation") or {}).get("authentic_percent"), 1)),
               ("AUC of labels", lambda r: number((r.get("conditioning") or {"macro": {}})["macro"].get("auc"), 3))]
@@ -38,7 +39,7 @@ def _kid(row, space):
 
 
 def _interval(bounds, scale):
-    return NONE if bounds is None else f"{scale * bounds[0]:.1f} to {scale * bounds[1]:.1f}"
+    return NONE if bounds is None else " to ".join(number(scale * value, 1) for value in bounds)
 
 
 def _fidelity(row, space, *names):
@@ -80,7 +81,7 @@ def remarks(report):
     lines = []
     for pair in report["paired"]:
         lines.append(f"{pair['a']} against {pair['b']}: KID[{pair['space']}] differs by "
-                     f"{1e3 * pair['difference']:.1f}e-3, p = {pair['p']:.4f} ({pair['images']} pairs of one label)")
+                     f"{1e3 * pair['difference']:.1f}e-3, p = {pair['p']:.2g} ({pair['images']} pairs of one label)")
     for group in report["over_seeds"]:
         values = ", ".join(f"{name} {v['mean']:.4g} ± {v['std']:.2g}" for name, v in group["values"].items())
         lines.append(f"{group['name']} over {group['runs']} folders: {values}")
@@ -124,8 +125,9 @@ def _reading(report):
              "below 0 they are copies."]
     if any(row.get("memorisation") for row in report["rows"]):
         lines.append("Copies: share of samples nearer to a training image than all but a few per cent of the real "
-                     "validation images are (in brackets: expected without copying). AuthPct: share of samples "
-                     "farther from their nearest training image than that is from its own nearest neighbour.")
+                     "validation images are (in brackets: expected without copying). AuthPct: per cent of samples "
+                     "farther from their nearest training image than that is from its own nearest neighbour; compare "
+                     "with the real row.")
     if any(row.get("lpips") for row in report["rows"]):
         lines.append("LPIPS: distance between random samples, higher is more varied; the real row is the aim.")
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

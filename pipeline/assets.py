@@ -7,6 +7,7 @@ The heads of LPIPS (7 kB) need no file of their own: the package `lpips` brings 
 """
 
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ class Asset:
 
     @property
     def hash_prefix(self):
-        """First digits of the SHA-256 of a torch hub file, which its name ends with; None in a repository."""
-        return None if self.files else Path(self.source).stem.rpartition("-")[2]
+        """First digits of the SHA-256 of a torch hub file, which its name ends with; None where there are none."""
+        digits = Path(self.source).stem.rpartition("-")[2]
+        return digits if not self.files and re.fullmatch("[0-9a-f]{8,}", digits) else None
 
 
 ASSETS = {asset.name: asset for asset in (

@@ -149,8 +149,11 @@ def load_images(paths, size, workers=4):
 
 def check_images(paths, workers=4):
     """Decode every image once, so that a damaged file is reported before any slow work. Raises UserError."""
+    def check(path):
+        load_image(path)  # and let go of it: the pool keeps what has no taker yet
+
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(load_image, paths):
+        for _ in pool.map(check, paths):
             pass
 
 

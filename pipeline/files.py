@@ -44,6 +44,16 @@ def make_folder(path, flag):
         raise UserError(f"{flag} {path}: cannot be written ({error})") from None
 
 
+def make_writable(path, flag):
+    """Make the folder that `flag` names and see that a file can be written there. Raises UserError."""
+    make_folder(path, flag)
+    try:
+        write_text(Path(path) / ".writable", "")
+        (Path(path) / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error})") from None
+
+
 def file_hash(path):
     """SHA-256 of a file's bytes, read piece by piece."""
     digest = hashlib.sha256()

@@ -83,9 +83,12 @@ def _about(folder):
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text()).get("about", {})
+        about = json.loads(file.read_text()).get("about", {})
+        if not isinstance(about, dict):
+            raise ValueError(f"about is {about!r:.40}")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); remove it or sample again") from None
+    return about
 
 
 def check_size(paths, size):

@@ -240,8 +240,8 @@ def about(args, checkpoint, model):
     trained = checkpoint["args"]
     return {"model": trained["model"], "parameters": sum(p.numel() for p in model.parameters()),
             "trained_on_fold": trained.get("fold"), "training_images": checkpoint["training_images"],
-            "sampler": args.sampler, "steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale,
-            "seed": args.global_seed}
+            "run": checkpoint["run"], "step": checkpoint["step"], "sampler": args.sampler,
+            "steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale, "seed": args.global_seed}
 
 
 def claim(folder, wanted, label_file, labels, process):

@@ -34,7 +34,8 @@ def main():
     sets = make_sets(args)
     command = [sys.executable, str(Path(__file__).resolve().parent.parent / "evaluate.py"), "--real", str(args.real),
                "--fold", str(args.fold), "--image-size", str(args.image_size), "--features", args.features,
-               "--lpips", args.lpips, "--output", str(args.output), "--gen", *map(str, sets)]
+               "--lpips", args.lpips, "--global-seed", str(args.global_seed), "--output", str(args.output),
+               "--gen", *map(str, sets)]
     if subprocess.run(command, check=False).returncode:
         raise UserError("evaluate.py failed, see above")
     rows = {Path(row["folder"]).name: row for row in json.loads((args.output / "results.json").read_text())["rows"]

@@ -143,7 +143,9 @@ def test_end_to_end(world, tmp_path):
     assert f"{rows[2]['fid'][space]:.2f}" in page
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2 and "KID[vae:vae] cannot be told from the noise floor: good;" in warnings[0]
-    assert "few images" in warnings[1] and "real ones: bad 1" in warnings[1]
+    assert "few images" in warnings[1] and "real ones: bad " in warnings[1]
+    assert rows[2]["fid_interval"][space][0] < rows[2]["fid"][space] < rows[2]["fid_interval"][space][1]
+    assert rows[2]["gg"]["gap_interval"][0] < rows[2]["gg"]["gap_interval"][1]
 
 
 def test_copies_of_training_images_are_found(copy, in_process):
@@ -163,7 +165,7 @@ def test_two_generators_on_the_same_labels_are_compared(copy, in_process):
     code, out, _ = in_process(*flags(copy, gen=("good", "other")))
     (pair,) = report(copy / "good")["paired"]
     assert code == 0 and (pair["a"], pair["b"], pair["images"]) == ("good", "other", 16)
-    assert pair["difference"] < 0 and pair["p"] < 0.05 and f"p = {pair['p']:.4f}" in out
+    assert pair["difference"] < 0 and pair["p"] < 0.05 and f"p = {pair['p']:.2g}" in out
     assert in_process(*flags(copy, gen=("good", "bad")))[0] == 0
     assert report(copy / "good")["paired"] == []  # 16 and 24 images: other labels
 
@@ -199,11 +201,21 @@ def test_a_classifier_is_asked_whether_labels_show(copy, in_process):
 
 
 def test_without_test_images_the_floor_is_made_of_training_images(copy, in_process):
+    assert in_process(*flags(copy))[0] == 0
+    before = report(copy / "good")["rows"][1]
     (copy / "root" / "test.csv").unlink()
     code, _, err = in_process(*flags(copy))
-    row = report(copy / "good")["rows"][0]
+    floor, row = report(copy / "good")["rows"]
     assert code == 0 and "has no test.csv" in err
-    assert row["name"] == "real: train_0" and row["gg"] is None and row["memorisation"] is None
+    assert floor["name"] == "real: train_0, a part" and floor["gg"] is None and floor["memorisation"] is None
+    assert row == before  # all training images still count, not those of the floor alone
+
+
+def test_a_generator_that_may_have_seen_the_validation_images(copy, in_process):
+    (copy / "good" / "settings.json").write_text(json.dumps({"about": {"model": "GeCA-S", "trained_on_fold": 3}}))
+    code, _, err = in_process(*flags(copy))
+    assert code == 0 and "GeCA-S: its generator was trained on another fold" in err
+    assert report(copy / "good")["warnings"][-1].startswith("GeCA-S")
 
 
 def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
@@ -213,11 +225,17 @@ def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
     code, out, _ = in_process(*flags(copy, gen=("flat",)))
     assert code == 0 and "taking 16 PNG files" in out
     first = report(flat)["rows"]
-    code, out, _ = in_process(*flags(copy, "--device-list", "cpu", "cpu", gen=("flat", "good")))
+    code, out, _ = in_process(*flags(copy, "--device-list", "cpu", "cpu", gen=("flat", "bad")))
     assert code == 0 and "taking 16 PNG files" in out
     second = report(flat)["rows"]
-    for a, b in ((first[0], second[0]), (first[1], second[1]), (second[1], second[2])):
+    for a, b in ((first[0], second[0]), (first[1], second[1])):
         assert a["kid"]["vae:vae"]["mean"] == pytest.approx(b["kid"]["vae:vae"]["mean"], abs=1e-4)
+
+
+def test_the_same_images_twice_are_refused(copy, in_process):
+    shutil.copytree(copy / "good", copy / "again")
+    code, _, err = in_process(*flags(copy, gen=("good", "again")))
+    assert code == 2 and "good and again hold the same images" in err
 
 
 def test_cached_features_are_used(copy, in_process, monkeypatch):
@@ -322,6 +340,15 @@ def empty(copy):
     (copy / "good").mkdir()
 
 
+def foreign_settings(copy):
+    (copy / "good" / "settings.json").write_text('{"about": "hello"}')
+
+
+def five_test_images(copy):
+    lines = (copy / "root" / "test.csv").read_text().splitlines()
+    (copy / "root" / "test.csv").write_text("\n".join(lines[:6]) + "\n")
+
+
 def damaged_settings(copy):
     (copy / "good" / "settings.json").write_text("{")
 
@@ -351,11 +378,13 @@ def nothing(copy):
     (absent, [], ["val_syn_0.csv", "1 missing file", "000009.png"]),
     (empty, [], ["--gen", "no image in it"]),
     (damaged_settings, [], ["settings.json", "damaged"]),
+    (foreign_settings, [], ["settings.json", "hello"]),
+    (five_test_images, [], ["real: test", "found 5 images", "more than 5"]),
     (nothing, ["--features", "dinov9"], ["--features dinov9", "retina"]),
     (nothing, ["--lpips", "vgg"], ["--lpips vgg", "alex=FILE or none"]),
     (nothing, ["--lpips", "alex"], ["--image-size 16", "--lpips none"]),
     (nothing, ["--classifier", "none.pt"], ["--classifier none.pt", "classify.py"]),
-    (nothing, ["--gg-extractor", "vgg"], ["vgg", "retina"]),
+    (nothing, ["--gg-extractor", "vgg"], ["--gg-extractor vgg", "retina"]),
     (nothing, ["--device-list", "cuda:99"], ["cuda:99", "--device-list"]),
     (nothing, ["--device-list", "gpu"], ["gpu", "cuda:N"]),
     (nothing, ["--output", __file__], ["--output", "is a file"]),

@@ -183,9 +183,9 @@ def test_hours_of_a_benchmark(dry, root):
     assert text.splitlines()[0].endswith(f"steps to come: {hours:.2f} GPU hours")
     text, _ = dry(2, "--extra-sample", "--precision fp16", *more)
     assert f"sample-train-GeCA-S-0: {5 * 6 * 250 / 2 / 3600:.2f} GPU hours" in text
-    assert "train-GeCA-S-0: not measured" in text  # in fp32
+    assert "# 1 train-GeCA-S-0: not measured" in text  # in fp32
     bench_file(file, cells=8, train=7)
-    assert "train-GeCA-S-0: not measured" in dry(2, "--launch", "x --mixed_precision fp16", *more)[0]
+    assert "# 1 train-GeCA-S-0: not measured" in dry(2, "--launch", "x --mixed_precision fp16", *more)[0]
 
 
 def make_run(folder, rates, started):
