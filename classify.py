@@ -197,8 +197,8 @@ def parser():
     p.add_argument("--method", help="name of the row (default: the generator's model, or baseline)")
     p.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json, or its folder, of a run on the same "
                    "folds to test the difference against")
-    p.add_argument("--permutations", type=integer(99), default=10000, help="of that test; fewer than 9999 cannot "
-                   "reach ****")
+    p.add_argument("--permutations", type=integer(99), default=50000, help="of that test; **** after Holm's "
+                   "correction for four methods needs 40000")
     g = p.add_argument_group("data")
     g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")
     g.add_argument("--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images per real one, at "

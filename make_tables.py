@@ -16,14 +16,15 @@ from pathlib import Path
 from metrics import paper
 from metrics.classification import THRESHOLD
 from metrics.significance import holm, stars
-from pipeline.classification_report import COLUMNS
+from pipeline.classification_report import COLUMNS, SAME_TRAINING
 from pipeline.cli import Parser, UserError, run
 from pipeline.files import make_folder, write_text
 from pipeline.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
 
+KEYS = {"generation": ("data", "rows", "spaces", "gg_space", "networks", "image_size", "subsets"),
+        "classification": ("method", "data", "test_sha256", "label_names", "settings", "folds", "summary",
+                           "significance")}
 ROWS = {"baseline": paper.BASELINE, "baseline-without-augmentation": paper.WITHOUT}  # a method's row of Table 2
-SAME_TRAINING = ("backbone", "pretrained", "pretrained_sha256", "image_size", "epochs", "steps_per_epoch",
-                 "early_stopping", "global_batch_size", "optimizer", "lr", "weight_decay")  # settings of classify.py
 
 
 def main():
@@ -54,12 +55,15 @@ def read(paths):
     for file in files:
         try:
             content = json.loads(file.read_text())
-            known = content["kind"] in ("generation", "classification") and content["format_version"] == 1
+            known = content["kind"] in KEYS and content["format_version"] == 1
+            lacks = [key for key in KEYS.get(content["kind"], ()) if key not in content]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}: not results of evaluate.py or classify.py ({error!r})") from None
         if not known:
             raise UserError(f"{file}: is {content['kind']} in format {content['format_version']}, expected generation "
                             "or classification in format 1; score again with this version")
+        if lacks:
+            raise UserError(f"{file}: has no `{lacks[0]}`; it is not what evaluate.py or classify.py wrote")
         found.append({**content, "path": file})
     return found
 
@@ -237,6 +241,16 @@ def check_together(results):
     agree([r for r in results if ROWS.get(r["method"]) != paper.WITHOUT], "--augment",
           lambda r: r["settings"].get("augment"))
     agree([r for r in results if r["significance"]], "the --baseline of p", lambda r: r["significance"]["baseline"])
+    same_precision = {(r["path"], fold.get("mixed_precision")) for r in results for fold in r["folds"].values()}
+    agree([{"path": path, "precision": p} for path, p in sorted(same_precision, key=str)], "--mixed-precision",
+          lambda r: r["precision"])
+    for r in results:
+        plain = {paper.BASELINE: "geometric", paper.WITHOUT: "none"}.get(ROWS.get(r["method"]))
+        synthetic = any(fold["n_synthetic"] for fold in r["folds"].values())
+        if plain and (synthetic or r["settings"].get("augment", plain) != plain):
+            raise UserError(f"{r['path']}: is called {r['method']}, but was trained with "
+                            f"{'synthetic images' if synthetic else '--augment ' + r['settings']['augment']}; score it "
+                            "again under another --method")
     known = {}
     for r in results:
         key = r["method"], r["settings"].get("global_seed")
@@ -291,12 +305,12 @@ def notes_2(results, methods, level, threshold, p_values):
     if p_values:
         test = next(r["significance"] for r in results if r["significance"])
         notes.append(
-            f"p: permutation test on mAP against {test['baseline']}, predictions of whole {test['unit']}s "
+            f"p: two-sided permutation test on mAP against {test['baseline']}, predictions of whole {test['unit']}s "
             f"({test['levels'][level]['units']}) swapped {test['levels'][level]['permutations']} times, after Holm's "
             f"correction for {len(p_values)} comparison(s); of several seeds the largest. * p < .05, ** p < .01, "
-            "*** p < .001, **** p < .0001.")
-    leaks = dict.fromkeys(remark for f in folds for remark in f["remarks"] if remark.startswith("LEAK"))
-    return notes + list(leaks)
+            "*** p < .001, **** p < .0001; no p "
+            f"can be below {len(p_values) / (1 + test['levels'][level]['permutations']):.1g}.")
+    return notes + list(dict.fromkeys(remark for fold in folds for remark in fold["remarks"]))
 
 
 def _span(values):

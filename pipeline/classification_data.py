@@ -68,7 +68,7 @@ def read_fold(args, number):
     for s in synthetic:
         synthetic_labels.append(columns(s.split, label_names, real, args.labels))
         more_reasons, more_remarks = leaks(s, args.data_path, number)
-        reasons, remarks = reasons + more_reasons, remarks + more_remarks
+        reasons, remarks = reasons + taken(s, splits) + more_reasons, remarks + more_remarks
     if reasons and not args.allow_leaks:
         raise UserError(f"{reasons[0]}; scores would flatter (--allow-leaks computes them all the same)")
     for i, (s, labels) in enumerate(zip(synthetic, synthetic_labels, strict=True)):
@@ -82,6 +82,18 @@ def read_fold(args, number):
         raise UserError(f"{splits['val'].path}: no label has images with and without it, expected one at least to "
                         "choose the network by; prepare more patients or fewer folds")
     return fold
+
+
+def taken(synthetic, splits):
+    """Validation or test images, or images of their patients, among the synthetic ones: one line for each split."""
+    found, own = [], {path.resolve() for path in synthetic.split.image_paths}
+    for name in ("val", "test"):
+        images = own & {path.resolve() for path in splits[name].image_paths}
+        patients = {*synthetic.split.patients} & {*splits[name].patients}
+        if images or patients:
+            what = f"image {min(images)}" if images else f"patient {min(patients)}"
+            found.append(f"{synthetic.split.path}: lists {what}, which is of {splits[name].path.name}")
+    return found
 
 
 def chosen_labels(asked, real):

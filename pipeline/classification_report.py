@@ -20,6 +20,8 @@ from pipeline.runtime import versions
 
 KIND, FORMAT = "classification", 1
 THRESHOLDS = ("0.5", "validation")
+SAME_TRAINING = ("backbone", "pretrained", "pretrained_sha256", "image_size", "epochs", "steps_per_epoch",
+                 "early_stopping", "global_batch_size", "optimizer", "lr", "weight_decay")  # of all rows of a table
 COLUMNS = {"sen": "Sen", "spe": "Spe", "auc": "AUC", "f1": "F1", "f1_sen_spe": "F1(sen/spe)", "ap": "mAP"}
 PAIRED = ("ap", "f1_sen_spe")  # the scores of the tests over folds × labels
 
@@ -158,6 +160,13 @@ def read_results(file, flag="--baseline"):
 def check_comparable(file, settings, folds):
     """Refuse a baseline with another test set, other labels or other folds than these. Raises UserError."""
     baseline = read_results(file)
+    lacks = [key for key in ("test_sha256", "label_names", "folds", "settings", "summary") if key not in baseline]
+    if lacks:
+        raise UserError(f"--baseline {file}: has no `{lacks[0]}`; it is not what classify.py wrote")
+    for key in SAME_TRAINING:
+        if baseline["settings"].get(key) != settings.get(key) and key in baseline["settings"]:
+            raise UserError(f"--baseline {file}: was trained with --{key.replace('_', '-')} "
+                            f"{baseline['settings'][key]}, this run with {settings.get(key)}; only images may differ")
     for what, found, expected in (("test.csv", baseline["test_sha256"][:12], settings["test_images"][:12]),
                                   ("labels", " ".join(baseline["label_names"]), " ".join(settings["labels"])),
                                   ("folds", " ".join(baseline["folds"]), " ".join(map(str, sorted(folds))))):

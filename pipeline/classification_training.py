@@ -16,6 +16,8 @@ from metrics.classification import all_scores
 from pipeline import classifier as classifiers
 from pipeline.batches import Batches, ImageStore, ahead
 from pipeline.batchnorm import synchronise
+from pipeline.cli import UserError
+from pipeline.seeds import generator
 
 OPTIMISERS = {"sgd": {"lr": 1e-3, "weight_decay": 1e-4}, "adamw": {"lr": 1e-4, "weight_decay": 1e-2}}
 MOMENTUM = 0.9
@@ -67,6 +69,8 @@ class Training:
     def train_step(self, numbers, pixels):
         """One optimiser step; returns this process's share of the mean loss, so that the sum is the mean."""
         self.net.train()
+        where = generator(self.args.global_seed, "dropout", self.fold.number, self.step, self.accelerator.process_index)
+        torch.manual_seed(where.initial_seed())  # backbones with dropout draw from the global stream
         labels = torch.as_tensor(self.fold.training.labels[numbers]).to(self.accelerator.device)
         logits = self.net(pixels.to(self.accelerator.device))
         share = binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
@@ -86,6 +90,8 @@ class Training:
             return net(torch.from_numpy(images).to(self.accelerator.device)).float().sigmoid().cpu().numpy()
 
         found = self.predict(scores, self.validation)
+        if not np.isfinite(found).all():
+            raise UserError(f"the network is not finite at step {self.step}; lower --lr or use bf16 for fp16")
         value = all_scores(found, self.fold.validation.labels, self.fold.label_names)["macro"]["ap"]
         value = broadcast_object_list([value])[0]  # the processes must agree on what is best
         if self.epoch >= FROM_EPOCH:

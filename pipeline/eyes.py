@@ -1,7 +1,7 @@
 """Which images show the same eye: said by the column `eye` of a CSV, or by file names of a known source.
 
-Names are believed only if every one of them fits one of PATTERNS, and if it then holds that an eye belongs to one
-patient and a patient has at most two; else nothing is known about eyes.
+Names are believed only if every one of them fits one of PATTERNS, patients are known, and it then holds that an eye
+belongs to one patient and a patient has at most two; else nothing is known about eyes.
 """
 
 import re
@@ -28,9 +28,9 @@ def eye_ids(split):
 
 
 def _plausible(names, split):
-    """An eye has one patient, a patient at most two eyes (where patients are known)."""
+    """An eye has one patient, a patient at most two eyes. Where patients are unknown, nothing speaks for the names."""
     if split.patients == split.filenames:
-        return True
+        return False
     pairs = set(zip(names, split.patients, strict=True))
     patients = [patient for _, patient in pairs]
     return len(pairs) == len(set(names)) and all(patients.count(patient) <= 2 for patient in set(patients))

@@ -65,19 +65,19 @@ def open_generated(folder, fold, label_names):
         if split.label_names != label_names:
             raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, expected those of --real: "
                             f"{' '.join(label_names)}")
-        return ImageSet(name, folder, split.image_paths, split.labels, _about(folder)), None
+        return ImageSet(name, folder, split.image_paths, split.labels, about_samples(folder)), None
     if (folder / f"val_syn_{fold}.npy").is_file():  # the sampler writes it first and the CSV last
         raise UserError(f"--gen {folder}: its sampling is unfinished (no val_syn_{fold}.csv); run the sampler again")
     for place in (folder / "gen_samples_val", folder):
         paths = sorted(p for p in place.glob("*.png") if not p.name.startswith(PICTURE))
         if paths:
             remark = f"{folder}: no val_syn_{fold}.csv; taking {len(paths)} PNG files of {place}, unlabelled"
-            return ImageSet(name, folder, paths, about=_about(folder)), remark
+            return ImageSet(name, folder, paths, about=about_samples(folder)), remark
     raise UserError(f"--gen {folder}: no such folder, or no image in it (expected val_syn_{fold}.csv, "
                     "gen_samples_val/*.png or *.png); make them with sample_ddp_val.py")
 
 
-def _about(folder):
+def about_samples(folder):
     """What the sampler wrote of itself; of foreign folders nothing is known."""
     file = folder / "settings.json"
     if not file.is_file():

@@ -5,7 +5,6 @@ made with labels of validation or test images, or by a generator that was traine
 answer; they are refused.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from pipeline.cli import UserError
 from pipeline.data import Split, file_sizes, fingerprint, read_split
 from pipeline.files import file_hash
+from pipeline.image_sets import about_samples
 from pipeline.seeds import generator
 
 
@@ -76,15 +76,7 @@ def _refuse_other_samples(folder, fold):
 def open_synthetic(directory, fold):
     """The synthetic images of a fold. Raises UserError."""
     folder = find_folder(directory, fold)
-    return Synthetic(folder, read_split(folder, f"train_syn_{fold}"), _about(folder))
-
-
-def _about(folder):
-    file = folder / "settings.json"
-    try:
-        return (json.loads(file.read_text()) if file.is_file() else {}).get("about", {})
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: damaged ({error}); sample again") from None
+    return Synthetic(folder, read_split(folder, f"train_syn_{fold}"), about_samples(folder))
 
 
 def leaks(synthetic, root, fold):

@@ -128,7 +128,7 @@ def plot(points, path):
         for p in points:
             if p["model"] == "real":
                 axis.axhline(1e3 * p["kid"], color="grey", lw=1)
-        axis.set(xlabel=label, xscale="log", yscale="symlog")
+        axis.set(xlabel=label, xscale="log")
     axes[0].set_ylabel("KID[retina] × 1e-3")
     axes[0].legend(fontsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both tables end to end on phantoms, in one command of some ten minutes on two CPU cores: two folds, three generators,
+# Both tables end to end on phantoms in one command, some ten minutes on two CPU cores: two folds, three generators,
 # which train for seconds. It shows that everything works together; its numbers say nothing about the models.
 #   scripts/tables_demo.sh [OUTPUT]     (default: runs/tables-demo); the same command goes on where it stopped
 source "$(dirname "${BASH_SOURCE[0]}")/tables.sh"

@@ -43,9 +43,11 @@ class Throughput:
 
     def of_runs(self, task, model):
         """(images per second and process, device, source) of runs that are in --output."""
-        pattern = {"train": f"train/*/000-{(model or '').replace('/', '-')}-*", "classify": "classify/*/fold-*"}
+        pattern = {"train": f"train/*/000-{(model or '').replace('/', '-')}-[0-9]*", "classify": "classify/*/fold-*"}
         rates, kinds = [], set()
         for folder in sorted(self.output.glob(pattern[task])) if task in pattern else ():
+            if task == "train" and not re.fullmatch(r"\d+", folder.name.removeprefix(pattern[task][8:-6])):
+                continue  # of DiT-S/4, not DiT-S
             found = rates_of(folder)
             if found:
                 rates.append(median(found[0]) / found[1])

@@ -119,16 +119,17 @@ def split(names, patients=None, column=None):
     return Split(None, tuple(names), None, (), tuple(patients or names), column)
 
 
-@pytest.mark.parametrize("names, expected", [
-    (["images/p0001_OD_1.png", "images/p0001_OD_2.png", "images/p0001_OS_1.png"],
+@pytest.mark.parametrize("names, patients, expected", [
+    (["images/p0001_OD_1.png", "images/p0001_OD_2.png", "images/p0001_OS_1.png"], "ppp",
      ["P0001_OD", "P0001_OD", "P0001_OS"]),
-    (["a/1221_OD_o_2.jpg", "a/1221_OI_o_1.jpg", "a/0146_od_f_1.jpg"], ["1221_OD", "1221_OI", "0146_OD"]),
-    (["x/10-L-3-oct.jpg", "x/10-L-4-oct.jpg", "x/10-R-1.jpg"], ["10-L", "10-L", "10-R"]),
-    (["p0001_OD_1.png", "10-L-3.png"], None),  # two patterns
-    (["scan1.png", "scan2.png"], None),
-    (["1221_OD_o_2.jpg", "12_21_OI_o_1.jpg"], None)])
-def test_eyes_from_names(names, expected):
-    assert eye_ids(split(names)) == expected
+    (["a/1221_OD_o_2.jpg", "a/1221_OI_o_1.jpg", "a/0146_od_f_1.jpg"], "ppq", ["1221_OD", "1221_OI", "0146_OD"]),
+    (["x/10-L-3-oct.jpg", "x/10-L-4-oct.jpg", "x/10-R-1.jpg"], "ppp", ["10-L", "10-L", "10-R"]),
+    (["p0001_OD_1.png", "10-L-3.png"], "pq", None),  # two patterns
+    (["scan1.png", "scan2.png"], "pq", None),
+    (["scan-2020-001.png", "scan-2020-002.png"], None, None),  # a date is no eye: nothing says who the patients are
+    (["1221_OD_o_2.jpg", "12_21_OI_o_1.jpg"], "pq", None)])
+def test_eyes_from_names(names, patients, expected):
+    assert eye_ids(split(names, patients)) == expected
 
 
 def test_names_that_contradict_the_patients_say_nothing():

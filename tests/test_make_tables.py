@@ -25,7 +25,8 @@ def classified(method, ap, p=None, eye=True, **settings):
         macro = {"sen": value, "spe": 1.0, "auc": 0.9, "f1": 0.5, "f1_sen_spe": 0.25, "ap": value, "labels": 9}
         return {"0.5": {"macro": macro}, "validation": {"macro": {**macro, "ap": value / 2}}}
 
-    folds = {str(k): {"fold": k, "n_train": 60 + k, "n_synthetic": 0 if p is None else 300, "n_val": 20, "n_test": 30,
+    folds = {str(k): {"fold": k, "n_train": 60 + k, "n_synthetic": 0 if method.startswith("baseline") else 300,
+                      "n_val": 20, "n_test": 30,
                       "steps": 100, "sha256": {"train": f"t{k}", "val": f"v{k}", "test": "x"}, "remarks": [],
                       "levels": {"image": level(v), "eye": level(v + 0.1) if eye else None}}
              for k, v in enumerate(ap)}
@@ -128,8 +129,8 @@ def test_footnotes_of_table_2(tmp_path):
     text = "\n".join(notes)
     assert "9 of 2 labels" in text and "folds 0 1; seeds 0" in text and "resnet50.tv_in1k from published" in text
     assert "GeCA-S: 60–61 real, 300 synthetic, 100 updates" in text and "30 for the test" in text
-    assert "permutation test on mAP against baseline" in text and "Holm's correction for 1" in text
-    assert notes[-1] == "LEAK: one patient" and "something else" not in text
+    assert "two-sided permutation test on mAP against baseline" in text and "Holm's correction for 1" in text
+    assert notes[-2:] == ["LEAK: one patient", "something else"] and "no p can be below 0.0001." in text
 
 
 @pytest.mark.parametrize("change, message", [
@@ -138,6 +139,8 @@ def test_footnotes_of_table_2(tmp_path):
     (lambda r: r["folds"].pop("1"), "the folds is 0, but 0 1"),
     (lambda r: r["folds"]["1"]["sha256"].update(train="other"), "images of train.csv of fold 1 differ"),
     (lambda r: r["folds"]["0"]["sha256"].update(val="other"), "images of val.csv of fold 0 differ"),
+    (lambda r: r["folds"]["1"].update(mixed_precision="bf16"), "--mixed-precision is"),
+    (lambda r: r.update(method="baseline", significance=None), "is called baseline, but was trained with synthetic"),
     (lambda r: r["significance"].update(baseline="other"), "the --baseline of p is other, but baseline"),
     *((lambda r, key=key: r["settings"].update({key: "other"}), f"--{key.replace('_', '-')} is other, but")
       for key in (*make_tables.SAME_TRAINING, "augment")),

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_classification import reference_set
 
@@ -70,9 +71,11 @@ def test_differences_under_swapping_are_those_of_the_swapped_sets():
     swap = np.random.default_rng(0).integers(0, 2, (6, 40))
     swap[0] = 0
     ap, f1 = map_difference(a, b, y)(swap), f1_difference(a >= 0.5, b >= 0.5, y)(swap)
+    ranked = [rankdata(scores, axis=0) for scores in (a, b)]
     for i, row in enumerate(swap.astype(bool)):
-        ours, theirs = swapped(a, b, row)
+        ours, theirs = swapped(*ranked, row)
         assert ap[i] == pytest.approx(macro(ours, y, "ap") - macro(theirs, y, "ap"))
+        ours, theirs = swapped(a, b, row)
         assert f1[i] == pytest.approx(macro(ours, y, "f1_sen_spe") - macro(theirs, y, "f1_sen_spe"))
 
 
@@ -186,3 +189,13 @@ def test_compare():
     assert found["paired"]["ap"]["pairs"] == 6 and found["paired"]["ap"]["t_test"] < 0.05
     same = compare(sides[0], sides[0], y, range(60), 99)
     assert same["permutation"]["ap"] == {"difference": 0, "p": 1, "stars": ""}
+
+
+def test_calibration_does_not_matter_for_map():
+    """AP looks at the order within one model: a bolder or shyer model has the same p."""
+    draw = np.random.default_rng(3)
+    labels = (draw.random((60, 2)) < 0.4).astype(int)
+    theirs, ours = (1 / (1 + np.exp(-(k * labels + draw.standard_normal((60, 2))))) for k in (0.5, 1.5))
+    found = [permutation_test(map_difference(scores, theirs, labels), np.arange(60), 500)
+             for scores in (ours, 0.3 * ours, ours**5)]
+    assert found[1] == found[2] == pytest.approx(found[0]) and found[0][1] < 0.2

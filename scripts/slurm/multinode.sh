@@ -16,7 +16,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)  # the first node is where processes meet
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # processes meet at the first node
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))          # a port of this job's own
 export GPUS=4                       # of each node; read by accelerate_node.sh
 export OMP_NUM_THREADS=4
