@@ -163,16 +163,16 @@ def check_comparable(file, settings, folds):
     lacks = [key for key in ("test_sha256", "label_names", "folds", "settings", "summary") if key not in baseline]
     if lacks:
         raise UserError(f"--baseline {file}: has no `{lacks[0]}`; it is not what classify.py wrote")
-    for key in SAME_TRAINING:
-        if baseline["settings"].get(key) != settings.get(key) and key in baseline["settings"]:
-            raise UserError(f"--baseline {file}: was trained with --{key.replace('_', '-')} "
-                            f"{baseline['settings'][key]}, this run with {settings.get(key)}; only images may differ")
     for what, found, expected in (("test.csv", baseline["test_sha256"][:12], settings["test_images"][:12]),
                                   ("labels", " ".join(baseline["label_names"]), " ".join(settings["labels"])),
                                   ("folds", " ".join(baseline["folds"]), " ".join(map(str, sorted(folds))))):
         if found != expected:
             raise UserError(f"--baseline {file}: has {what} {found}, this run has {expected}; compare runs on the same "
                             "data and folds")
+    for key in SAME_TRAINING:
+        if baseline["settings"].get(key) != settings.get(key) and key in baseline["settings"]:
+            raise UserError(f"--baseline {file}: was trained with --{key.replace('_', '-')} "
+                            f"{baseline['settings'][key]}, this run with {settings.get(key)}; only images may differ")
 
 
 def significance(results, folder, baseline, baseline_folder, permutations, seed):

@@ -253,6 +253,24 @@ def labels_of_the_test_set(place, data):
     write_split(folder, "train_syn_0", names, labels, read_split(data, "test").label_names, names)
 
 
+def the_test_images(place, data):
+    """Shuffled, and with labels of their own: only the files tell."""
+    folder, test = sample_folder(place, data), read_split(data, "test")
+    names = [str(path.resolve()) for path in test.image_paths[::-1]]
+    write_split(folder, "train_syn_0", names, 1 - test.labels, test.label_names, names)
+
+
+def patients_of_the_test_set(place, data):
+    folder, test = sample_folder(place, data), read_split(data, "test")
+    made = read_split(folder, "train_syn_0")
+    patients = [*made.patients[:-1], test.patients[0]]
+    write_split(folder, "train_syn_0", made.filenames, made.labels, made.label_names, patients)
+
+
+def foreign_settings(place, data):
+    (sample_folder(place, data) / "settings.json").write_text('{"about": 3}')
+
+
 def other_generator(place, data):
     sample_folder(place, data, about={"training_images": file_hash(data / "train_1.csv"), "trained_on_fold": 1})
 
@@ -290,6 +308,9 @@ def no_folder(place, data):
     (shared_patient, None, ["train_0.csv and test.csv: 1 patient(s)", "--allow-leaks"]),
     (validation_samples, True, ["val_syn_0.csv", "train_syn_0.csv", "validation images"]),
     (labels_of_the_test_set, False, ["train_syn_0.csv", "test.csv"]),
+    (the_test_images, False, ["train_syn_0.csv: lists image", "which is of test.csv"]),
+    (patients_of_the_test_set, False, ["lists patient", "which is of test.csv"]),
+    (foreign_settings, False, ["settings.json", "damaged"]),
     (other_generator, False, ["trained on train_1.csv", "expected train_0.csv"]),
     (unknown_generator, False, ["does not list"]),
     (generator_of_another_fold, False, ["trained on fold 1", "fold 0"]),
