@@ -55,19 +55,19 @@ def main():
         if len(s) <= NEAREST:
             raise UserError(f"{s.name}: found {len(s)} images, expected more than {NEAREST}; coverage looks at so many "
                             "neighbours of each")
-    make_writable(args.output, "--output")  # if it cannot be, better now than later
     networks = Networks(args, args.device_list or [runtime.start().device], label_names)
     for s in generated:
         check_size(s.paths, args.image_size)
     check_images(real.paths + training.paths + floor.paths)
-    for _, remark in found:
-        if remark:
-            print(remark)
-
     digests = [s.digest() for s in generated]
     if len({*digests}) < len(digests):
         twice = [s.name for s, digest in zip(generated, digests, strict=True) if digests.count(digest) > 1]
         raise UserError(f"--gen: {' and '.join(twice)} hold the same images; give each set once")
+    make_writable(args.output, "--output")  # if it cannot be, better now than later
+    for _, remark in found:
+        if remark:
+            print(remark)
+
     evaluation = Evaluation(args, networks, real, training, floor, label_names)
     rows = [evaluation.row(floor), *(evaluation.row(s) for s in generated)]
     report = evaluation.report(rows, generated) | {"settings": settings(args), "versions": runtime.versions()}
