@@ -86,7 +86,8 @@ class Evaluation:
         self.args, self.networks, self.label_names = args, networks, label_names
         self.real, self.training, self.floor = real, training, floor
         self.held_out = {*floor.paths}.isdisjoint(training.paths)  # else it cannot serve for copies
-        self.device, self.baseline = networks.devices[0], None
+        self.device = networks.devices[0]
+        self.baseline, self.real_gaps = None, None  # of the real images alone: computed once, for all rows
         self.known = {}  # (space, name of the set) -> features
         self.hashes, self.closest = {}, {}  # name of the set -> hashes of its pixels; its pairs nearest to training
 
@@ -157,7 +158,7 @@ class Evaluation:
         train, test, made = (self.features(self.networks.gg, s) for s in (self.training, self.real, images))
         seed, interval = self.args.global_seed, None
         found = fld(train, test, made, seed, self.device, self.baseline)
-        self.baseline = found.baseline  # that of real images: the same for every set
+        self.baseline = found.baseline
         if len(train) * len(made) <= PAIRS:
             interval = self.interval(lambda x, y: fld(train, x, y, seed, self.device, 0.0).gap, test, made)
         return asdict(found) | {"gap": found.gap, "fld": found.fld, "gap_interval": interval}
@@ -179,12 +180,16 @@ class Evaluation:
         """`close` with LPIPS as the distance, to the nearest of a few candidates that the feature space proposes."""
         if not self.networks.lpips:
             return None
-        args, gaps = self.args, []
-        for s, features in ((images, made), (self.real, test)):
-            candidates, _ = memorisation.nearest(features, train, CANDIDATES)
-            gaps.append(memorisation.nearest_by_lpips(self.networks.lpips, s.paths, self.training.paths, candidates,
-                                                      args.image_size, args.batch_size, f"{s.name}, copies")[1])
-        return asdict(memorisation.close_share(*gaps))
+        if self.real_gaps is None:
+            self.real_gaps = self.lpips_gaps(self.real, train, test)
+        return asdict(memorisation.close_share(self.lpips_gaps(images, train, made), self.real_gaps))
+
+    def lpips_gaps(self, images, train, features):
+        """LPIPS of each image of a set to its nearest training image (n,)."""
+        candidates, _ = memorisation.nearest(features, train, CANDIDATES)
+        _, gaps = memorisation.nearest_by_lpips(self.networks.lpips, images.paths, self.training.paths, candidates,
+                                                self.args.image_size, self.args.batch_size, f"{images.name}, copies")
+        return gaps
 
     def pixels(self, images):
         """Hashes of the decoded pixels of a set."""

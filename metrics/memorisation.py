@@ -280,7 +280,7 @@ def nearest_by_lpips(distance, paths, train_paths, candidates, image_size, batch
     second = [train_paths[i] for i in candidates.ravel()]
     values = distances(distance, first, second, image_size, batch_size, progress).reshape(candidates.shape)
     best = values.argmin(axis=1)[:, None]
-    return (np.take_along_axis(x, best, axis=1)[:, 0] for x in (candidates, values))
+    return tuple(np.take_along_axis(x, best, axis=1)[:, 0] for x in (candidates, values))
 
 
 def with_lpips(pairs, distance, generated_paths, train_paths, image_size, batch_size=32):

@@ -106,9 +106,7 @@ def paired_difference(real, first, second):
 
     h = towards_itself(first) - towards_itself(second)
     r = 2 * (_row_sums(real, second) - _row_sums(real, first)) / n
-    # the kernel among real images is in both estimates and cancels
-    difference = float(_row_sums(first, first, paired=True).mean() - _row_sums(second, second, paired=True).mean())
-    difference = difference / (n - 1) + float(r.mean())
+    difference = float(h.mean() + r.mean()) / 2  # exactly: the kernel among real images is in both and cancels
     error = math.sqrt(h.var(ddof=1) / n + r.var(ddof=1) / m)
     return difference, float(2 * stats.norm.sf(abs(difference) / error)) if error else 1.0
 

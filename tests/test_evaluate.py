@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_lpips import save_alexnet
 
 import evaluate
 from metrics import evaluation
@@ -158,6 +159,27 @@ def test_copies_of_training_images_are_found(copy, in_process):
     assert found["close"]["value"] == 1 and found["authentic_percent"] == 0
     assert found["exact_duplicates"]["copies"] == [[i, i] for i in range(16)]
     assert "16 exact" in (copy / "copied" / "results.txt").read_text()
+
+
+def test_lpips_of_samples_and_of_their_copies(tmp_path, in_process):
+    """With AlexNet (random weights): diversity, the pairs of the picture, and copies by LPIPS."""
+    side, draw = 32, np.random.default_rng(0)
+    images = draw.integers(0, 256, (36, side, side, 3), dtype=np.uint8)
+    names = save(images, tmp_path / "root" / "images")
+    for split, part in (("train_0", slice(0, 12)), ("val_0", slice(12, 24)), ("test", slice(24, 36))):
+        write_split(tmp_path / "root", split, names[part], combinations(12), LABELS, names[part])
+    save_generated(tmp_path / "copied", images[:12])
+    save_alexnet(tmp_path / "alexnet.pth", seed=0)
+    code, _, err = in_process("--real", str(tmp_path / "root"), "--gen", str(tmp_path / "copied"), "--image-size", "32",
+                              "--features", "retina", "--lpips", f"alex={tmp_path / 'alexnet.pth'}", "--cache",
+                              str(tmp_path / "cache"), "--resamples", "20", "--subset-size", "4")
+    assert code == 0, err
+    floor, row = report(tmp_path / "copied")["rows"]
+    assert row["lpips"]["pairs"] == 11 and row["lpips"]["mean"] > 0 and row["lpips"]["within_label"]["pairs"] > 0
+    found = row["memorisation"]
+    assert found["close_by_lpips"]["value"] == 1 and floor["memorisation"]["close_by_lpips"]["value"] < 1
+    assert all(pair["lpips"] == pytest.approx(0, abs=1e-6) for pair in found["closest"])
+    assert "LPIPS" in (tmp_path / "copied" / "results.txt").read_text()
 
 
 def test_two_generators_on_the_same_labels_are_compared(copy, in_process):
