@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import zlib
@@ -19,6 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+from pipeline import runs  # noqa: E402
 
 
 def made_weight(key, shape):
@@ -76,6 +79,20 @@ def call_script(script, *arguments):
         except SystemExit as end:
             code = end.code or 0
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def ctrl_c_at(step_to_stop):
+    """Within it, Ctrl-C is pressed when a run logs the metrics of this step."""
+    log_metrics = runs.RunLog.metrics
+
+    def metrics(log, step, **values):
+        log_metrics(log, step, **values)
+        if step == step_to_stop:
+            signal.raise_signal(signal.SIGINT)
+
+    with mock.patch.object(runs.RunLog, "metrics", metrics):
+        yield
 
 
 def succeeded(done):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import sys
 from argparse import Namespace
 from unittest import mock
@@ -11,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import call_script, run_script, succeeded
+from conftest import call_script, ctrl_c_at, run_script, succeeded
 from PIL import Image
 
 import classify
 from metrics.classification import all_scores
-from pipeline import batches, runs
+from pipeline import batches
 from pipeline.batchnorm import BatchNorm
 from pipeline.classification_data import read_fold
 from pipeline.classification_report import summary
@@ -205,19 +204,11 @@ def equal_runs(a, b, rtol):
     np.testing.assert_allclose(*files, rtol=rtol, atol=rtol / 10)
 
 
-def test_stopped_and_continued_is_as_if_never_stopped(data, baseline, tmp_path, monkeypatch):
+def test_stopped_and_continued_is_as_if_never_stopped(data, baseline, tmp_path):
     """Ctrl-C at step 1 stops at step 5, inside an epoch or at its end; the same command goes on."""
-    log_metrics = runs.RunLog.metrics
-
-    def ctrl_c(log, step, **values):
-        log_metrics(log, step, **values)
-        if step == 1:
-            signal.raise_signal(signal.SIGINT)
-
     more = ("--fold", 0, "--steps-per-epoch", 7)
     succeeded(run(data, tmp_path / "whole", *more))
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.RunLog, "metrics", ctrl_c)
+    with ctrl_c_at(1):
         done = run(data, tmp_path / "halves", *more)
     assert done.returncode == 130 and "stopped at step 5; the same command continues" in done.stdout
     assert not (tmp_path / "halves" / "results.json").exists()

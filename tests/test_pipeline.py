@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import call_script, run_script, succeeded
+from conftest import call_script, ctrl_c_at, run_script, succeeded
 from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import Trap
@@ -158,17 +158,9 @@ def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, 
             torch.testing.assert_close(a[name][key], b[name][key], rtol=1e-5, atol=1e-7)
 
 
-def test_an_interrupted_training_is_saved_and_continued(store, trained, tiny_vae, monkeypatch):
+def test_an_interrupted_training_is_saved_and_continued(store, trained, tiny_vae):
     """Ctrl-C at step 3: it stops where the processes next ask each other, at step 5; the log is not written twice."""
-    log_metrics = runs.RunLog.metrics
-
-    def ctrl_c(log, step, **values):
-        log_metrics(log, step, **values)
-        if step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.RunLog, "metrics", ctrl_c)
+    with ctrl_c_at(3):
         done = train(store, tiny_vae, "stopped", "--epochs", 2)
     run = store / "stopped" / RUN
     assert done.returncode == 130 and "stopped at step 5; the same command continues" in done.stdout
