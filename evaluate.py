@@ -59,7 +59,7 @@ def main():
     for s in generated:
         check_size(s.paths, args.image_size)
     check_images(real.paths + training.paths + floor.paths)
-    digests = [s.digest() for s in generated]
+    digests = [s.digest for s in generated]
     if len({*digests}) < len(digests):
         twice = [s.name for s, digest in zip(generated, digests, strict=True) if digests.count(digest) > 1]
         raise UserError(f"--gen: {' and '.join(twice)} hold the same images; give each set once")

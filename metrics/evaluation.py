@@ -120,7 +120,7 @@ class Evaluation:
         generated = images is not self.floor
         subset = self.args.subset_size or len(images) // 4  # ⌊n/4⌋ as in the paper
         found = {"name": images.name, "folder": str(images.folder), "kind": "generated" if generated else "real",
-                 "images": len(images), "sha256": images.digest(), "about": images.about,
+                 "images": len(images), "sha256": images.digest, "about": images.about,
                  "kid": {}, "fid": {}, "fid_interval": {}, "fidelity": {}, "gg": None, "lpips": None,
                  "memorisation": None, "conditioning": None, "label_share": self.label_share(images)}
         for space in self.networks.compared:
@@ -213,7 +213,7 @@ class Evaluation:
         """results.json: the rows, what they were measured with, and what several folders say together."""
         data = {"root": str(self.args.real), "name": self.args.real.resolve().name, "fold": self.args.fold,
                 "validation_images": len(self.real), "training_images": len(self.training),
-                "validation_sha256": self.real.digest(), "training_sha256": self.training.digest(),
+                "validation_sha256": self.real.digest, "training_sha256": self.training.digest,
                 "labels": list(self.label_names)}
         return {"kind": "generation", "format_version": 1, "data": data, "image_size": self.args.image_size,
                 "seed": self.args.global_seed, "subsets": SUBSETS, "spaces": self.networks.compared,

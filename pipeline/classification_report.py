@@ -158,7 +158,7 @@ def read_results(file, flag="--baseline"):
 
 
 def check_comparable(file, settings, folds):
-    """Refuse a baseline with another test set, other labels or other folds than these. Raises UserError."""
+    """Refuse a baseline with another test set, other labels, folds or training than these. Raises UserError."""
     baseline = read_results(file)
     lacks = [key for key in ("test_sha256", "label_names", "folds", "settings", "summary") if key not in baseline]
     if lacks:

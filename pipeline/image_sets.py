@@ -4,6 +4,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class ImageSet:
         order = torch.randperm(len(self), generator=generator(*seed)).tolist()
         return self.take(sorted(order[:count])), self.take(sorted(order[count:]))
 
+    @cached_property
     def digest(self):
         """SHA-256 over the contents of the files, in their order."""
         total = hashlib.sha256()
