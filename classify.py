@@ -9,7 +9,7 @@ generated images together, as in the paper: with five times as many images there
 a gain comes from the images or from the updates, only `--steps-per-epoch N`, the same N for all rows, can tell; that
 also gives all rows the same schedule. The network is chosen by the mAP of the validation images; the images of test.csv
 are opened once for each fold, at the end.
-Writes OUTPUT/results.json (see pipeline/classification_report.py), predictions_{fold}.npz and, for each fold,
+Writes OUTPUT/results.json (see classification/report.py), predictions_{fold}.npz and, for each fold,
 fold-{fold}/: log.txt, metrics.jsonl, TensorBoard events, checkpoints/best_ckpt.pt and last_ckpt.pt. The same command
 continues a stopped run; folds that are finished stay, and further folds add to them.
 """
@@ -24,17 +24,18 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from pipeline import classification_report as reports
-from pipeline import classifier as classifiers
-from pipeline import runs
-from pipeline.batches import AUGMENTATIONS, ImageStore
-from pipeline.classification_data import folds_of, read_fold
-from pipeline.classification_output import claim, find_output, settings_of, settings_of_fold
-from pipeline.classification_training import MIN_LR, MOMENTUM, OPTIMISERS, Training
-from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.files import make_folder
-from pipeline.runtime import Interruption, start, stop
-from pipeline.synthetic import default_method
+from classification import network as classifiers
+from classification import report as reports
+from classification.batches import AUGMENTATIONS, ImageStore
+from classification.data import folds_of, read_fold
+from classification.output import claim, find_output, settings_of, settings_of_fold
+from classification.synthetic import default_method
+from classification.training import MIN_LR, MOMENTUM, OPTIMISERS, Training
+from core import runs
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
+from core.files import make_folder
+from core.runtime import Interruption, start, stop
 
 AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 

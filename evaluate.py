@@ -23,17 +23,18 @@ from pathlib import Path
 
 import torch
 
-from metrics import report as reports
-from metrics.evaluation import Evaluation, Networks
-from metrics.features import NAMES, PUBLISHED
+from core import runtime
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from core.files import make_writable, write_atomically, write_text
+from dataset.images import check_images
+from dataset.sets import PICTURE, check_size, open_generated, open_real
+from evaluation import report as reports
+from evaluation.evaluation import Evaluation, Networks
+from evaluation.features import NAMES, PUBLISHED
+from evaluation.pictures import picture
 from metrics.kid import check_subset_size
 from metrics.prdc import NEAREST
-from pipeline import runtime
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.comparison import picture
-from pipeline.data import check_images
-from pipeline.files import make_writable, write_atomically, write_text
-from pipeline.image_sets import PICTURE, check_size, open_generated, open_real
 
 CACHE = Path("~/.cache/geca/features")
 

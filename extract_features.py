@@ -3,7 +3,7 @@
     python extract_features.py --data-path data/oct --features-path store/oct --fold 0 --image-size 64 --vae retina
     torchrun --nproc_per_node=4 extract_features.py --data-path data/oct --features-path store/oct --fold 0
 
-Writes FEATURES/features_{fold}/ (pipeline/latents.py): posterior mean and std of each image and of its mirror
+Writes FEATURES/features_{fold}/ (dataset/latents.py): posterior mean and std of each image and of its mirror
 image, from any number of processes. The folder appears when it is complete.
 """
 
@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from core import runtime
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from dataset import latents
+from dataset.images import check_images, load_images
+from dataset.root import read_split
+from dataset.vae import cells_per_side, open_codec
 from models import MODELS
-from pipeline import latents, runtime
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.data import check_images, load_images, read_split
-from pipeline.vae import cells_per_side, open_codec
 
 
 def main():

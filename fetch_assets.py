@@ -6,7 +6,7 @@
 
 Copy the folder, then give any command `--assets weights`: it will look only there and use no network. Names for
 --only: those of the list that --check prints, and timm:MODEL. The same command continues a broken-off download.
-The folder has the layouts of the libraries' caches (pipeline/assets.py), and checksums.json: SHA-256, size, source
+The folder has the layouts of the libraries' caches (core/assets.py), and checksums.json: SHA-256, size, source
 and revision of every file. --check compares every file with it and says what each command would miss; exit code 1
 if something is missing or damaged.
 """
@@ -15,9 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline import assets
-from pipeline.cli import Parser, UserError, run
-from pipeline.files import file_hash, make_folder, write_text
+from core import assets
+from core.cli import Parser, run
+from core.errors import UserError
+from core.files import file_hash, make_folder, write_text
 
 CHECKSUMS = "checksums.json"
 

@@ -13,13 +13,14 @@ results of evaluate.py and table2.* from those of classify.py.
 import json
 from pathlib import Path
 
-from metrics import paper
+from classification.report import COLUMNS, SAME_TRAINING
+from core.cli import Parser, run
+from core.errors import UserError
+from core.files import make_folder, write_text
+from evaluation import paper
+from evaluation.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
 from metrics.classification import THRESHOLD
 from metrics.significance import holm, stars
-from pipeline.classification_report import COLUMNS, SAME_TRAINING
-from pipeline.cli import Parser, UserError, run
-from pipeline.files import make_folder, write_text
-from pipeline.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
 
 KEYS = {"generation": ("data", "rows", "spaces", "gg_space", "networks", "image_size", "subsets"),
         "classification": ("method", "data", "test_sha256", "label_names", "settings", "folds", "summary",

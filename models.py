@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from automaton import LocalRule, grow
 from automaton.rule import modulate
-from pipeline.seeds import on_device, per_image
+from core.random import on_device, per_image
 
 
 class TimeEmbedder(nn.Module):

@@ -22,15 +22,17 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import load_image, write_split
-from pipeline.files import built_whole
-from pipeline.splits import TEST, split_by_patient
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
+from core.files import built_whole
+from dataset.images import load_image
+from dataset.root import write_split
+from dataset.splits import TEST, split_by_patient
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from. To add one: a module in sources/, a function here, a row in SOURCES."""
+    """Where images come from. To add one: a module in dataset/sources/, a function here, a row in SOURCES."""
 
     flags: dict  # the flags of this source -> their defaults, REQUIRED if there is none
     open: Callable  # parsed flags -> label names, n, iterator of n times (patient, filename, labels, image);
@@ -38,13 +40,13 @@ class Source:
 
 
 def open_phantom(args):
-    from sources import phantom
+    from dataset.sources import phantom
 
     return phantom.LABELS, args.count, phantom.draw_patients(args.count, args.global_seed, args.image_size)
 
 
 def open_oct_and_eye_fundus(args):
-    from sources import oct_and_eye_fundus
+    from dataset.sources import oct_and_eye_fundus
 
     records = oct_and_eye_fundus.read(args.input, args.modality)
     return oct_and_eye_fundus.LABELS, len(records), iter(records)

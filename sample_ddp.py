@@ -7,9 +7,11 @@
 train_syn_{fold}.csv and train_syn_{fold}.npy.
 """
 
-from pipeline import latents, runtime, sampling
-from pipeline.cli import run
-from pipeline.data import read_split
+from core import runtime
+from core.cli import run
+from dataset import latents
+from dataset.root import read_split
+from generation import sampling
 
 
 def labels_of(args, checkpoint):

@@ -6,9 +6,10 @@
 Writes SAMPLE_DIR/{name}/gen_samples_val/%06d.png, val_syn_{fold}.csv and val_syn_{fold}.npy.
 """
 
-from pipeline import runtime, sampling
-from pipeline.cli import run
-from pipeline.data import read_split
+from core import runtime
+from core.cli import run
+from dataset.root import read_split
+from generation import sampling
 
 
 def labels_of(args, checkpoint):

@@ -21,18 +21,20 @@ import torch
 from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
+from core import runs
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
+from core.files import make_folder
+from core.random import generator, on_device
+from core.runtime import Interruption, start, stop
+from dataset import latents
+from dataset.root import fingerprint, read_split
+from dataset.vae import cells_per_side, open_codec, same_weights
 from diffusion import create_diffusion, multiscale
+from generation import checkpoint as checkpoints
+from generation.sampling import add_state_flag
+from generation.validation import Validation
 from models import LABEL_TABLE, MODELS
-from pipeline import checkpoint as checkpoints
-from pipeline import latents, runs
-from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import fingerprint, read_split
-from pipeline.files import make_folder
-from pipeline.runtime import Interruption, start, stop
-from pipeline.sampling import add_state_flag
-from pipeline.seeds import generator, on_device
-from pipeline.vae import cells_per_side, open_codec, same_weights
-from pipeline.validation import Validation
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
-from pipeline import runtime
-from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import center_crop, load_image, load_images, read_split
-from pipeline.files import write_atomically
-from pipeline.seeds import generator
-from pipeline.vae import VaeCodec, to_model_range
+from core import runtime
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
+from core.files import write_atomically
+from core.random import generator
+from dataset.images import center_crop, load_image, load_images
+from dataset.root import read_split
+from dataset.vae import VaeCodec, to_model_range
 
 LEARNING_RATE, WARM_UP, EMA_DECAY = 1e-3, 100, 0.999
 

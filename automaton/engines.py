@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from automaton.rule import Modulation, Recorder, Replay
-from pipeline.seeds import on_device
+from core.random import on_device
 
 
 def grow(rule, x, state, c, fire, engine="auto"):

@@ -25,12 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import plain
+from core import runtime
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from core.files import write_text
+from core.random import generator
 from diffusion import create_diffusion, samplers
+from generation import guidance
 from models import MODELS
-from pipeline import runtime
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.files import write_text
-from pipeline.seeds import generator
 
 TASKS = ("forward", "guided", "train")
 
@@ -93,7 +95,7 @@ class Case:
         if self.living:
             denoise.draw_seed, denoise.initial_state = self.model.draw_seed, self.model.initial_state
             denoise.inherit = self.model.inherit
-        guided = samplers.GuidedDenoiser(denoise, self.y, 1.5, (self.generators("cells"), self.generators("null")))
+        guided = guidance.GuidedDenoiser(denoise, self.y, 1.5, (self.generators("cells"), self.generators("null")))
         out, _ = guided(self.x, self.diffusion.original(self.i, self.device), None)
         samplers.p_sample(self.diffusion.p_mean_variance(out, self.x, self.i), self.i, self.x)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.cli import UserError
+from core.errors import UserError
 
 SIDE = 2048  # rows and columns of a block: 32 MB in float64
 

@@ -9,7 +9,7 @@ left out of the averages, which say over how many labels they run.
 import numpy as np
 from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score, roc_curve
 
-from pipeline.cli import UserError
+from core.errors import UserError
 
 SCORES = ("sen", "spe", "auc", "f1", "f1_sen_spe", "ap")
 THRESHOLD = 0.5  # a probability from here on means that the label is there, as in the paper

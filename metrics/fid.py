@@ -1,4 +1,4 @@
-"""FID, the Fréchet distance of two sets of images, on arrays of features (from metrics/features.py).
+"""FID, the Fréchet distance of two sets of images, on arrays of features (from evaluation/features.py).
 
 Heusel, Ramsauer, Unterthiner, Nessler & Hochreiter, NeurIPS 2017: the squared 2-Wasserstein distance of the two
 Gaussians that have the sets' means and covariances. With few images it is far too large (the covariance of n images

@@ -1,4 +1,4 @@
-"""FLD and the generalisation gap (GG) on arrays of features (from metrics/features.py).
+"""FLD and the generalisation gap (GG) on arrays of features (from evaluation/features.py).
 
 Jiralerspong, Bose, Gemp, Qin, Bachrach & Gidel, "Feature Likelihood Divergence", NeurIPS 2023. The generated
 features are the centres of a mixture of Gaussians whose variances are fitted to the training features. A copy of
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from core.random import generator
 from metrics.blocks import blocks, check_features, moments, squared_distances
-from pipeline.seeds import generator
 
 CENTRES = 10_000  # generated features that are used, at most
 BATCH = 10_000  # training features per step of the fit

@@ -1,4 +1,4 @@
-"""KID, the kernel distance between two sets of images, on arrays of features (from metrics/features.py).
+"""KID, the kernel distance between two sets of images, on arrays of features (from evaluation/features.py).
 
 Binkowski, Sutherland, Arbel & Gretton, "Demystifying MMD GANs", ICLR 2018, Sec. 4. The paper's Table 1 gives
 it in units of 1e-3, over 100 subsets of ⌊n_generated / 4⌋ images.
@@ -7,9 +7,9 @@ it in units of 1e-3, over 100 subsets of ⌊n_generated / 4⌋ images.
 import numpy as np
 import torch
 
+from core.errors import UserError
+from core.random import generator
 from metrics.blocks import tiles
-from pipeline.cli import UserError
-from pipeline.seeds import generator
 
 SUBSETS = 100  # as in the paper
 

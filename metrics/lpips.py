@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.assets import ASSETS, existing, first_line, weights_file
-from pipeline.cli import UserError
-from pipeline.data import load_images
-from pipeline.seeds import generator
-from pipeline.vae import to_model_range, weights_hash
+from core.assets import ASSETS, existing, first_line, weights_file
+from core.errors import UserError
+from core.random import generator
+from dataset.images import load_images
+from dataset.vae import to_model_range, weights_hash
 
 FLAG, INSTEAD = "--lpips alex", ", or leave LPIPS out: --lpips none"
 SMALLEST = 31  # pixels; of fewer nothing reaches AlexNet's last layers

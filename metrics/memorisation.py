@@ -1,4 +1,4 @@
-"""Are the generated images copies of patients? Answers on arrays of features (from metrics/features.py).
+"""Are the generated images copies of patients? Answers on arrays of features (from evaluation/features.py).
 
     found = memorisation(train, test, generated)  # features (n, D), (m, D), (g, D) of one space
     exact = exact_duplicates(pixel_hashes(generated_paths, size), pixel_hashes(train_paths, size))
@@ -20,11 +20,11 @@ from scipy.stats import betabinom, mannwhitneyu, norm
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
+from core.errors import UserError
+from core.random import generator
+from dataset.images import load_image
+from dataset.pictures import stack
 from metrics.lpips import distances
-from pipeline.cli import UserError
-from pipeline.data import load_image
-from pipeline.pictures import stack
-from pipeline.seeds import generator
 
 CLOSE = 0.05  # share of test images that count as close to the training images
 ALIKE = 0.01  # share of training images that count as near duplicates of another

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage on arrays of features (from metrics/features.py).
+"""Precision, recall, density and coverage on arrays of features (from evaluation/features.py).
 
 Each image of a set has a ball that reaches to the k-th nearest other image of the set.
 Precision, recall: Kynkäänniemi, Karras, Laine, Lehtinen & Aila, NeurIPS 2019. Density, coverage: Naeem, Oh, Uh, Choi &

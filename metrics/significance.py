@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from core.random import generator
 from metrics.classification import harmonic_mean
-from pipeline.seeds import generator
 
 PERMUTATIONS = 50_000  # **** after Holm's correction for four methods needs 40,000
 REPLICATES = 1000

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.data import load_image, read_split, write_split
-from pipeline.files import make_folder
-from pipeline.seeds import generator
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from core.files import make_folder
+from core.random import generator
+from dataset.images import load_image
+from dataset.root import read_split, write_split
 
 BLUR = 1 / 64  # radius as a share of the side
 NOISE = 20  # standard deviation in grey values

@@ -20,11 +20,12 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.data import read_split, write_split
-from pipeline.files import built_whole, write_text
-from pipeline.seeds import generator
-from sources.phantom import draw_scan
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from core.files import built_whole, write_text
+from core.random import generator
+from dataset.root import read_split, write_split
+from dataset.sources.phantom import draw_scan
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, FOLDS, EXPAND = 64, 2, 5

@@ -23,14 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from classification.data import folds_of
+from classification.output import check, claim
+from classification.synthetic import csv_files
+from core.cli import Parser, integer, run
+from core.errors import UserError
+from core.files import file_hash, make_folder, write_text
+from dataset.root import read_split
 from diffusion.samplers import SAMPLERS
 from models import MODELS
-from pipeline.classification_data import folds_of
-from pipeline.classification_output import check, claim
-from pipeline.cli import Parser, UserError, integer, run
-from pipeline.data import read_split
-from pipeline.files import file_hash, make_folder, write_text
-from pipeline.synthetic import csv_files
 from scripts.throughput import Throughput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +232,7 @@ def written(steps, args, exported):
 
 def cells_of(args):
     """Cells per side that a denoiser works on here; None where the autoencoder does not say."""
-    from pipeline.vae import NAMED
+    from dataset.vae import NAMED
 
     return args.image_size // 8 if args.vae in NAMED else None
 

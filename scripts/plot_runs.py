@@ -15,7 +15,8 @@ matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
 
-from pipeline.cli import Parser, UserError, run
+from core.cli import Parser, run
+from core.errors import UserError
 
 
 def read(folder):

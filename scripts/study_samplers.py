@@ -24,17 +24,19 @@ import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.bench import Case, operations
+from core import runtime
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
+from core.files import write_atomically, write_text
+from core.random import generator
+from dataset.images import load_images
+from dataset.root import read_split
+from dataset.vae import cells_per_side, open_codec
 from diffusion.samplers import SAMPLERS
-from metrics.features import open_features
+from evaluation.features import open_features
+from generation import checkpoint as checkpoints
+from generation.sampling import sample_images
 from metrics.kid import SUBSETS, kid
-from pipeline import checkpoint as checkpoints
-from pipeline import runtime
-from pipeline.cli import Parser, UserError, integer, number, run
-from pipeline.data import load_images, read_split
-from pipeline.files import write_atomically, write_text
-from pipeline.sampling import sample_images
-from pipeline.seeds import generator
-from pipeline.vae import cells_per_side, open_codec
 
 
 class Study:

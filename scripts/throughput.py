@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from pipeline.cli import UserError
+from core.errors import UserError
 
 
 @dataclass(frozen=True)

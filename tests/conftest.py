@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from pipeline import runs  # noqa: E402
+from core import runs  # noqa: E402
 
 
 def made_weight(key, shape):
@@ -104,7 +104,7 @@ def succeeded(done):
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory):
     """An untrained autoencoder in diffusers' format, with the scale that its feature space needs."""
-    from metrics.features import fit
+    from evaluation.features import fit
     from train_vae import build
 
     folder = tmp_path_factory.mktemp("tiny") / "vae"

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.cli import Parser, UserError, integer, run  # noqa: E402
+from core.cli import Parser, integer, run  # noqa: E402
+from core.errors import UserError  # noqa: E402
 
 TESTS = ["tests/test_parity.py", "tests/test_automaton.py", "tests/test_diffusion.py", "tests/test_training.py"]
 MUTANTS = [  # description, file, what stands there, the mistake
@@ -82,11 +83,11 @@ MUTANTS = [  # description, file, what stands there, the mistake
     ("loss: bins of 1/255 instead of 2/255", "diffusion/gaussian.py", "(x - mean + 1 / 255)", "(x - mean + 0 / 255)"),
     ("loss: likelihood at step 1 instead of 0", "diffusion/gaussian.py", "(i == 0).to(kl.device",
      "(i == 1).to(kl.device"),
-    ("guidance: around the labelled half", "diffusion/samplers.py", "eps_null + self.scale * (eps - eps_null)",
+    ("guidance: around the labelled half", "generation/guidance.py", "eps_null + self.scale * (eps - eps_null)",
      "eps + self.scale * (eps - eps_null)"),
-    ("guidance: variance of the null half", "diffusion/samplers.py", "(eps, variance), (eps_null, _)",
+    ("guidance: variance of the null half", "generation/guidance.py", "(eps, variance), (eps_null, _)",
      "(eps, _), (eps_null, variance)"),
-    ("guidance: halves in the other order", "diffusion/samplers.py", "torch.cat([self.y, torch.zeros_like(self.y)])",
+    ("guidance: halves in the other order", "generation/guidance.py", "torch.cat([self.y, torch.zeros_like(self.y)])",
      "torch.cat([torch.zeros_like(self.y), self.y])"),
     ("ancestral step: noise at step 0 too", "diffusion/samplers.py", "(i != 0).view(-1, 1, 1, 1)",
      "(i > -1).view(-1, 1, 1, 1)"),

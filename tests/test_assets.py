@@ -1,4 +1,4 @@
-"""pipeline/assets.py and fetch_assets.py: published weights, found without a network; collected and checked.
+"""core/assets.py and fetch_assets.py: published weights, found without a network; collected and checked.
 
 The network is a server in this process that answers as Hugging Face and as a plain web server do.
 """
@@ -21,9 +21,10 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import fetch_assets
-from pipeline import assets
-from pipeline.cli import Parser, UserError
-from pipeline.vae import open_codec, weights_hash
+from core import assets
+from core.cli import Parser
+from core.errors import UserError
+from dataset.vae import open_codec, weights_hash
 
 TINY = "test_resnet.r160_in1k"  # timm's own model for tests, 0.5 M parameters
 REVISION = "0123456789abcdef0123456789abcdef01234567"

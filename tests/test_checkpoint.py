@@ -11,9 +11,9 @@ import torch
 from conftest import call_script, fill, succeeded
 from safetensors.torch import load_file, save_file
 
+from core.errors import UserError
+from generation import checkpoint as checkpoints
 from models import MODELS
-from pipeline import checkpoint as checkpoints
-from pipeline.cli import UserError
 
 
 def small_checkpoint():
@@ -102,8 +102,8 @@ def test_ours_is_read_by_published_code(tmp_path, geca):
 def test_conversion(tmp_path, kind, half, name):
     _, checkpoint = small_checkpoint()
     checkpoints.save(tmp_path / "c.pt", checkpoint)
-    out = succeeded(call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name, "--weights", kind,
-                                *["--half"] * half))
+    out = succeeded(call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name,
+                                "--weights", kind, *["--half"] * half))
     assert "averaged and raw weights, float32" in out and "step 7, epoch 1, best KID 500.00e-3" in out
     found = checkpoints.load(tmp_path / name)
     other = "model" if kind == "ema" else "ema"
@@ -118,7 +118,7 @@ def test_conversion(tmp_path, kind, half, name):
 
 def test_conversion_says_what_a_file_lacks(tmp_path, geca):
     torch.save(geca.state_dict(), tmp_path / "c.pt")
-    done = call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "o.pt", "--weights", "model")
+    done = call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "o.pt", "--weights", "model")
     assert done.returncode == 2 and "--weights model" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "o.pt").exists()
 
@@ -193,10 +193,10 @@ def test_what_is_unsafe_is_named_and_no_advice_to_load_it_is_given(tmp_path, gec
 def test_a_folder_that_does_not_exist_and_a_run_before_its_first_validation(tmp_path):
     _, checkpoint = small_checkpoint()
     checkpoints.save(tmp_path / "c.pt", {**checkpoint, "best_kid": math.inf, "validated": [torch.ones(3)]})
-    done = call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "no" / "o.pt")
+    done = call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "no" / "o.pt")
     assert done.returncode == 2 and "no such folder" in done.stderr
     for name in ("o.pt", "o.safetensors"):
-        out = succeeded(call_script("pipeline/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name))
+        out = succeeded(call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name))
         assert "best KID not said" in out
         assert checkpoints.load(tmp_path / name).get("validated") in (None, [])
 

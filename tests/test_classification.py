@@ -1,4 +1,4 @@
-"""metrics/classification.py and pipeline/eyes.py: against reference values, by hand, against brute force."""
+"""metrics/classification.py and dataset/eyes.py: against reference values, by hand, against brute force."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.errors import UserError
+from dataset.eyes import eye_ids
+from dataset.root import Split, read_split
 from metrics.classification import SCORES, all_scores, choose_thresholds, eyes, label_scores
-from pipeline.cli import UserError
-from pipeline.data import Split, read_split
-from pipeline.eyes import eye_ids
 
 GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())["classification"]
 

@@ -14,16 +14,17 @@ from conftest import call_script, ctrl_c_at, run_script, succeeded
 from PIL import Image
 
 import classify
+from classification import batches
+from classification.batchnorm import BatchNorm
+from classification.data import read_fold
+from classification.network import build, load_classifier, save
+from classification.report import summary
+from classification.synthetic import choose
+from core.errors import UserError
+from core.files import file_hash
+from dataset.images import load_images
+from dataset.root import read_split, write_split
 from metrics.classification import all_scores
-from pipeline import batches
-from pipeline.batchnorm import BatchNorm
-from pipeline.classification_data import read_fold
-from pipeline.classification_report import summary
-from pipeline.classifier import build, load_classifier, save
-from pipeline.cli import UserError
-from pipeline.data import load_images, read_split, write_split
-from pipeline.files import file_hash
-from pipeline.synthetic import choose
 
 NET = ("--backbone", "test_byobnet", "--no-pretrained", "--image-size", 32, "--lr", 0.05, "--log-every", 1,
        "--permutations", 99)
@@ -377,7 +378,7 @@ def test_which_synthetic_images():
     (["--lr", "0"], ["expected a number of at least"]),
     (["--output", __file__], ["is a file"])])
 def test_mistakes(data, tmp_path, monkeypatch, more, parts):
-    monkeypatch.setattr("pipeline.assets.reachable", lambda url: False)
+    monkeypatch.setattr("core.assets.reachable", lambda url: False)
     done = run(data, tmp_path / "out", "--fold", 0, *more)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     for part in parts:

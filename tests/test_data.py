@@ -1,11 +1,12 @@
-"""pipeline/data.py: reading a data root and its images."""
+"""dataset/root.py: reading a data root and its images."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli import UserError
-from pipeline.data import center_crop, check_images, load_image, load_images, read_split, write_split
+from core.errors import UserError
+from dataset.images import center_crop, check_images, load_image, load_images
+from dataset.root import read_split, write_split
 
 
 def grey(rows):

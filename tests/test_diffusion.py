@@ -11,6 +11,7 @@ from conftest import generators
 
 from diffusion import create_diffusion, gaussian, multiscale, samplers
 from diffusion.schedule import space_timesteps
+from generation import guidance
 
 
 def test_all_steps_is_the_identity():
@@ -197,7 +198,7 @@ class Echo(torch.nn.Module):
 def test_guidance_by_hand():
     """ε = ε_null + s·(ε_label − ε_null), variance of the labelled half, null labels zero, states apart."""
     model, y = Echo(), torch.tensor([[1.0], [3.0]])
-    denoise = samplers.GuidedDenoiser(model, y, 1.5, (generators(2), generators(2)))
+    denoise = guidance.GuidedDenoiser(model, y, 1.5, (generators(2), generators(2)))
     x, t = torch.zeros(2, 1, 2, 2), torch.tensor([5, 5])
     out, state = denoise(x, t, None)
     assert out[:, 0, 0, 0].tolist() == [1 + 1.5 * 1, 1 + 1.5 * 3] and out[:, 1, 0, 0].tolist() == [1, 3]
@@ -209,7 +210,7 @@ def test_guidance_by_hand():
 def test_guidance_in_an_interval():
     """Outside it the labelled half alone is computed; the null half waits with the state it has."""
     model, y = Echo(), torch.tensor([[1.0], [3.0]])
-    denoise = samplers.GuidedDenoiser(model, y, 1.5, (generators(2), generators(2)), interval=(3, 5))
+    denoise = guidance.GuidedDenoiser(model, y, 1.5, (generators(2), generators(2)), interval=(3, 5))
     x, state, epsilons = torch.zeros(2, 1, 2, 2), None, []
     for t in (6, 5, 2, 3):
         out, state = denoise(x, torch.tensor([t, t]), state)
@@ -226,8 +227,8 @@ def test_guidance_one_is_the_limit_of_scales_above_one():
     model, y = small_geca(), torch.eye(3)[:2]
     images = {}
     for scale in (1, 1 + 1e-5):
-        denoise = samplers.GuidedDenoiser(model, y, scale, (generators(2), generators(2, seed=1)))
-        noise = samplers.ImageNoise(generators(2, seed=2), "cpu")
+        denoise = guidance.GuidedDenoiser(model, y, scale, (generators(2), generators(2, seed=1)))
+        noise = guidance.ImageNoise(generators(2, seed=2), "cpu")
         x = noise((2, 6, 6))
         images[scale] = samplers.p_sample_loop(create_diffusion("5"), denoise, x, noise)
     torch.testing.assert_close(images[1], images[1 + 1e-5], rtol=1e-3, atol=1e-3)
@@ -246,8 +247,8 @@ def test_state_is_inherited_between_sampling_steps():
         return out, left
 
     model.forward = spy
-    denoise = samplers.GuidedDenoiser(model, torch.eye(3)[:2], 1.5, (generators(2), generators(2, seed=1)))
-    noise = samplers.ImageNoise(generators(2, seed=2), "cpu")
+    denoise = guidance.GuidedDenoiser(model, torch.eye(3)[:2], 1.5, (generators(2), generators(2, seed=1)))
+    noise = guidance.ImageNoise(generators(2, seed=2), "cpu")
     samplers.p_sample_loop(create_diffusion("3"), denoise, noise((2, 5, 5)), noise)
     assert len(seen) == 3 and not seen[0][0][:, 4:].any()
     for (_, left), (start, _) in pairwise(seen):

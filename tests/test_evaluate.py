@@ -1,4 +1,4 @@
-"""evaluate.py as the user runs it, and pipeline/pictures.py."""
+"""evaluate.py as the user runs it, and dataset/pictures.py."""
 
 import json
 import shutil
@@ -13,15 +13,17 @@ from PIL import Image
 from test_lpips import save_alexnet
 
 import evaluate
-from metrics import evaluation
-from metrics import features as feature_spaces
+from classification import network as classifier
+from core.cli import run
+from dataset.images import load_image, load_images
+from dataset.pictures import caption, grid, pairs
+from dataset.root import read_split, write_split
+from evaluation import evaluation
+from evaluation import features as feature_spaces
+from evaluation import pictures as comparison
 from metrics.fid import fid
 from metrics.fld import fld
 from metrics.kid import kid
-from pipeline import classifier, comparison
-from pipeline.cli import run
-from pipeline.data import load_image, load_images, read_split, write_split
-from pipeline.pictures import caption, grid, pairs
 from train_vae import build
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -395,7 +397,7 @@ def nothing(copy):
     (other_labels, [], ["AMD CNV", "AMD DME"]),
     (few_images, [], ["subsets of 1", "7 generated", "generate 8"]),
     (many_images, [], ["subsets of 21", "20 real", "--subset-size 20"]),
-    (no_scale, [], ["feature_scale", "python -m metrics.features --fit"]),
+    (no_scale, [], ["feature_scale", "python -m evaluation.features --fit"]),
     (sixteen_bits, [], ["000004.png", "expected 8 bits"]),
     (absent, [], ["val_syn_0.csv", "1 missing file", "000009.png"]),
     (empty, [], ["--gen", "no image in it"]),

@@ -1,4 +1,4 @@
-"""metrics/features.py and metrics/backbones.py: feature spaces, their preprocessing, the cache on disk.
+"""evaluation/features.py and evaluation/backbones.py: feature spaces, their preprocessing, the cache on disk.
 
 The networks have random weights, in files as they are published; where a small network shows the same, it is taken.
 """
@@ -17,12 +17,13 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from metrics import backbones
-from metrics import features as module
-from metrics.features import PUBLISHED, SPACES, channel_statistics, extract, fit, open_features, whitening
-from pipeline.cli import UserError
-from pipeline.data import center_crop, write_split
-from pipeline.vae import VaeCodec, to_model_range
+from core.errors import UserError
+from dataset.images import center_crop
+from dataset.root import write_split
+from dataset.vae import VaeCodec, to_model_range
+from evaluation import backbones
+from evaluation import features as module
+from evaluation.features import PUBLISHED, SPACES, channel_statistics, extract, fit, open_features, whitening
 from train_vae import build
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
@@ -192,7 +193,7 @@ def test_no_autoencoder_in_the_folder(tmp_path):
 
 def test_missing_scale_names_the_command(copy):
     (copy / module.SCALE_FILE).unlink()
-    assert f"python -m metrics.features --fit {copy} --data-path" in message_of(lambda: open_features(str(copy)))
+    assert f"python -m evaluation.features --fit {copy} --data-path" in message_of(lambda: open_features(str(copy)))
 
 
 def test_scale_of_other_weights_is_refused(copy):
@@ -459,7 +460,7 @@ def test_every_space_says_what_it_does_with_an_image(vae, files, inception_file)
 
 
 def test_checkpoint_of_a_classifier(tmp_path, monkeypatch):
-    """Any FILE.pt goes through pipeline.classifier, whatever that makes of it."""
+    """Any FILE.pt goes through classification.network, whatever that makes of it."""
     path = tmp_path / "best.pt"
     path.write_bytes(b"")
     asked = []
@@ -469,9 +470,9 @@ def test_checkpoint_of_a_classifier(tmp_path, monkeypatch):
         return SimpleNamespace(identity="abc", dimensions=3, image_size=64, features=lambda images, batch_size:
                                images.mean((1, 2)).astype(np.float32))
 
-    stand_in = ModuleType("pipeline.classifier")
+    stand_in = ModuleType("classification.network")
     stand_in.load_classifier = load_classifier
-    monkeypatch.setitem(sys.modules, "pipeline.classifier", stand_in)
+    monkeypatch.setitem(sys.modules, "classification.network", stand_in)
     space = open_features(str(path), "cpu")
     assert asked == [(str(path), "cpu", "--features")] and space.name == "classifier:best" and "abc" in space.identity
     assert np.allclose(space(torch.as_tensor(PHOTO)), PHOTO.mean((1, 2))) and space.dimensions == 3

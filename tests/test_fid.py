@@ -7,9 +7,9 @@ import torch
 from test_kid import PassThrough, gaussian
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from core.errors import UserError
 from metrics import blocks
 from metrics.fid import fid
-from pipeline.cli import UserError
 
 
 def test_by_hand():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import UserError
 from metrics import fld as module
 from metrics.fld import baseline_nll, fld
-from pipeline.cli import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())
 

@@ -9,9 +9,9 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image import kid as torchmetrics_kid
 
+from core.errors import UserError
 from metrics import blocks
 from metrics.kid import draw_subsets, kid, polynomial_mmd
-from pipeline.cli import UserError
 
 
 def gaussian(seed, n, d=8, shift=0.0):

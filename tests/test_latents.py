@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import generators
 
-from pipeline import latents
-from pipeline.cli import UserError
-from pipeline.data import read_split, write_split
+from core.errors import UserError
+from dataset import latents
+from dataset.root import read_split, write_split
 
 NAMES = ("A", "B")
 

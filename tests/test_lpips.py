@@ -13,6 +13,8 @@ from PIL import Image
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import alexnet
 
+from core import assets
+from core.errors import UserError
 from metrics.lpips import (
     SMALLEST,
     check_image_size,
@@ -22,8 +24,6 @@ from metrics.lpips import (
     open_lpips,
     spread,
 )
-from pipeline import assets
-from pipeline.cli import UserError
 
 SIZE = 64
 FILE = Path("hub", "checkpoints", "alexnet-owt-7be5be79.pth")  # in TORCH_HOME

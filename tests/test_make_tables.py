@@ -9,10 +9,10 @@ import pytest
 from conftest import call_script, succeeded
 
 import make_tables
-from metrics import paper
-from pipeline.classification_report import COLUMNS
-from pipeline.cli import UserError
-from pipeline.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
+from classification.report import COLUMNS
+from core.errors import UserError
+from evaluation import paper
+from evaluation.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
 
 SETTINGS = {"backbone": "resnet50.tv_in1k", "pretrained": True, "pretrained_sha256": None, "image_size": 448,
             "epochs": 80, "steps_per_epoch": None, "early_stopping": None, "global_batch_size": 8, "optimizer": "sgd",
@@ -260,7 +260,7 @@ def test_latex_is_escaped():
 
 
 def test_latex_of_real_tables_is_ascii(tmp_path):
-    """A sign that is not in pipeline.tables.LATEX would not compile."""
+    """A sign that is not in evaluation.tables.LATEX would not compile."""
     results = saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=0.001), generated("GeCA-S"))
     assert make_tables.table_2(results[:2], "image").latex().isascii()
     assert make_tables.table_1(results[2:]).latex().isascii()

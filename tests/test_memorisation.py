@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.errors import UserError
 from metrics import memorisation as module
 from metrics.memorisation import (
     ExactDuplicates,
@@ -27,7 +28,6 @@ from metrics.memorisation import (
     pixel_hashes,
     with_lpips,
 )
-from pipeline.cli import UserError
 
 
 def gaussian(seed, n, d=8):

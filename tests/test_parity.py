@@ -15,6 +15,7 @@ import torch
 from conftest import fill, generators, largest_relative, made_weight
 
 from diffusion import create_diffusion, samplers
+from generation import guidance
 from models import MODELS
 
 
@@ -236,7 +237,7 @@ def test_guided_loop(geca_xs, golden, monkeypatch):
     """Ten guided ancestral steps: guidance, heredity and the ancestral loop together."""
     seeds, steps = iter(golden["guided_loop/seed_noise"]), iter(golden["guided_loop/step_noise"])
     monkeypatch.setattr(geca_xs, "draw_seed", lambda n, generator: next(seeds))
-    denoise = samplers.GuidedDenoiser(geca_xs, golden["guided_loop/y"], 1.5, ([], []))
+    denoise = guidance.GuidedDenoiser(geca_xs, golden["guided_loop/y"], 1.5, ([], []))
     sample = samplers.p_sample_loop(
         create_diffusion("10"), denoise, golden["guided_loop/z"], lambda shape: next(steps)
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sources import phantom
-from sources.phantom import FINDINGS, LABELS, SIDE, draw_labels, draw_patients, draw_scan
+from dataset.sources import phantom
+from dataset.sources.phantom import FINDINGS, LABELS, SIDE, draw_labels, draw_patients, draw_scan
 
 SEEDS = range(6)
 

@@ -16,11 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import Trap
 
+from core import runs
+from dataset import latents
+from dataset.images import load_images
+from dataset.root import read_split
+from dataset.vae import VaeCodec
 from diffusion import create_diffusion
+from generation import sampling
 from models import MODELS
-from pipeline import latents, runs, sampling
-from pipeline.data import load_images, read_split
-from pipeline.vae import VaeCodec
 from train_vae import build
 
 SIZE = ("--image-size", 32)

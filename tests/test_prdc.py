@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_kid import gaussian
 
+from core.errors import UserError
 from metrics import blocks
 from metrics.prdc import prdc
-from pipeline.cli import UserError
 
 
 def by_loops(real, generated, k):

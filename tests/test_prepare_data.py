@@ -1,4 +1,4 @@
-"""prepare_data.py, pipeline/splits.py and sources/oct_and_eye_fundus.py."""
+"""prepare_data.py, dataset/splits.py and dataset/sources/oct_and_eye_fundus.py."""
 
 import csv
 import subprocess
@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from pipeline.cli import UserError, run
-from pipeline.data import load_image, read_split
-from pipeline.splits import TEST, split_by_patient
-from sources import oct_and_eye_fundus
+from core.cli import run
+from core.errors import UserError
+from dataset.images import load_image
+from dataset.root import read_split
+from dataset.sources import oct_and_eye_fundus
+from dataset.splits import TEST, split_by_patient
 
 LABELS = ("NOR", "AMD", "WAMD", "DR", "CSC", "PED", "MEM", "FLD", "EXU", "CNV", "RVO")  # of the phantoms
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -311,7 +313,7 @@ def test_dash_and_underscore_are_the_same_and_zero_defaults_are_shown(tree, tmp_
     assert "(default: 0)" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(find_spec("sources.phantom") is None, reason="sources/phantom.py is not there")
+@pytest.mark.skipif(find_spec("dataset.sources.phantom") is None, reason="dataset/sources/phantom.py is not there")
 def test_phantom_end_to_end(tmp_path):
     root = tmp_path / "phantom"
     done = script("--source", "phantom", "--count", 12, "--image-size", 32, "--folds", 2, "--output", root)

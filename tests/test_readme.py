@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-from pipeline.cli import Parser
+from core.cli import Parser
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "def main()" in p.read_text()]
 MODULES = [p for p in ROOT.glob("[!.]*/**/*.py") if p.parent.name not in ("tests", "benchmarks")]
@@ -99,10 +99,10 @@ DOCUMENTED = [(name, *command) for name, text in documents() for command in comm
 
 
 def test_commands_are_found_wherever_they_stand():
-    text = ("# python train.py --a 1\n[ -f x ] || python -m metrics.features --b \"$X/y\" \\\n    --c 2   remark\n"
+    text = ("# python train.py --a 1\n[ -f x ] || python -m evaluation.features --b \"$X/y\" \\\n    --c 2   remark\n"
             "torchrun --nproc_per_node=2 scripts/plot.py run  # remark\npython train.py ...\nof python, --d")
     assert list(commands_of(text)) == [
-        ("train", ["--a", "1"]), ("metrics.features", ["--b", "1/y", "--c", "2"]), ("scripts.plot", ["run"])]
+        ("train", ["--a", "1"]), ("evaluation.features", ["--b", "1/y", "--c", "2"]), ("scripts.plot", ["run"])]
 
 
 def test_the_documents_show_every_script():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline import runs
-from pipeline.cli import UserError
+from core import runs
+from core.errors import UserError
 
 SETTINGS = {"lr": 1e-4, "fold": 0}
 

@@ -16,10 +16,10 @@ from conftest import ROOT
 from PIL import Image
 from test_readme import commands_of, parse
 
-from pipeline.cli import UserError
-from pipeline.data import read_split, write_split
-from pipeline.sampling import sample_folder
-from pipeline.synthetic import open_synthetic
+from classification.synthetic import open_synthetic
+from core.errors import UserError
+from dataset.root import read_split, write_split
+from generation.sampling import sample_folder
 from scripts import check_synthetic, plan
 from scripts.throughput import Throughput
 

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from conftest import generators
 
 import train
-from diffusion.samplers import GuidedDenoiser
+from dataset.latents import LatentCache
+from generation import validation as validation_module
+from generation.guidance import GuidedDenoiser
+from generation.sampling import RELEASED, parser
 from metrics.kid import kid, polynomial_mmd
 from models import GeCA
-from pipeline import validation as validation_module
-from pipeline.latents import LatentCache
-from pipeline.sampling import RELEASED, parser
 
 REQUIRED = ["--data-path", "D", "--feature-path", "F"]
 SPELT = ["--frozen-latents", "--no-ema-warmup", "--validation-weights", "model", "--validation-labels", "null",

@@ -1,14 +1,14 @@
-"""metrics/trust.py: intervals hold what they promise, swaps by hand, p-values under both hypotheses."""
+"""metrics/uncertainty.py: intervals hold what they promise, swaps by hand, p-values under both hypotheses."""
 
 import numpy as np
 import pytest
 from test_kid import gaussian
 
+from core.errors import UserError
 from metrics import blocks
 from metrics.fid import fid
 from metrics.kid import polynomial_mmd
-from metrics.trust import bootstrap, images_needed, kid_interval, over_runs, paired_difference
-from pipeline.cli import UserError
+from metrics.uncertainty import bootstrap, images_needed, kid_interval, over_runs, paired_difference
 
 
 def test_interval_of_a_mean():

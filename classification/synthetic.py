@@ -1,0 +1,156 @@
+"""Generated images to train a classifier with: which folder, are they allowed for this fold, which of them.
+
+A sample folder of sample_ddp.py holds train_syn_{fold}.csv: images made with the labels of train_{fold}.csv. Images
+made with labels of validation or test images, or by a generator that was trained on images of theirs, would leak the
+answer; they are refused.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.errors import UserError
+from core.files import file_hash
+from core.random import generator
+from dataset.root import Split, file_sizes, fingerprint, read_split
+from dataset.sets import about_samples
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """One sample folder for one fold. `about` is what the sampler wrote of itself; {} where nothing is known."""
+
+    folder: Path
+    split: Split
+    about: dict
+
+    @property
+    def identity(self):
+        """What tells these images from others, for settings."""
+        return {"folder": self.folder.name, "csv_sha256": fingerprint(self.split),
+                "image_bytes": file_sizes(self.split), "about": self.about}
+
+    @property
+    def model(self):
+        """The name of the generator: what the sampler says, or else what stands first in the folder's name."""
+        return self.about.get("model") or self.folder.resolve().name.partition("-GS-fold-")[0]
+
+
+def find_folder(directory, fold):
+    """The sample folder for this fold: `directory` itself, or the one folder in it that is. Raises UserError."""
+    directory, wanted = Path(directory), f"train_syn_{fold}.csv"
+    if not directory.is_dir():
+        raise UserError(f"--synthetic {directory}: no such folder; make it with sample_ddp.py --fold {fold}")
+    if (directory / wanted).is_file():
+        return directory
+    _refuse_other_samples(directory, fold)
+    found = sorted(path.parent for path in directory.glob(f"*/{wanted}"))
+    if len(found) > 1:
+        raise UserError(f"--synthetic {directory}: {len(found)} folders in it hold {wanted} ({found[0].name}, "
+                        f"{found[1].name}, ...); name the one that is meant")
+    if not found:
+        unfinished = sorted(path.parent.name for path in directory.glob(f"*/train_syn_{fold}.npy"))
+        hint = f" (the sampling of {unfinished[0]} is unfinished)" if unfinished else ""
+        raise UserError(f"--synthetic {directory}: neither it nor a folder in it holds {wanted}{hint}; make it with "
+                        f"sample_ddp.py --fold {fold}")
+    return found[0]
+
+
+def _refuse_other_samples(folder, fold):
+    """A folder of other samples is no parent of sample folders. Raises UserError."""
+    others = sorted(p.name for p in folder.glob("*_syn_*.csv"))
+    if any(name.startswith("val_syn") for name in others):
+        raise UserError(f"--synthetic {folder}: holds {others[-1]}, images made with the labels of validation images, "
+                        f"expected train_syn_{fold}.csv; make them with sample_ddp.py")
+    if others:
+        raise UserError(f"--synthetic {folder}: holds {others[0]}, made with the labels of another fold, expected "
+                        f"train_syn_{fold}.csv for fold {fold}; give the folder of that fold or their common parent")
+    if (folder / f"train_syn_{fold}.npy").is_file():  # the sampler writes it first and the CSV last
+        raise UserError(f"--synthetic {folder}: its sampling is unfinished (no train_syn_{fold}.csv); run the sampler "
+                        "again")
+
+
+def open_synthetic(directory, fold):
+    """The synthetic images of a fold. Raises UserError."""
+    folder = find_folder(directory, fold)
+    return Synthetic(folder, read_split(folder, f"train_syn_{fold}"), about_samples(folder))
+
+
+def leaks(synthetic, root, fold):
+    """Why these images must not train the classifier of this fold of a data root, one line each; and what is unknown.
+
+    -> (reasons, remarks). Labels: those of train_{fold}.csv row by row are fine, those of another CSV of the root are
+    not, any others (made by hand) are. Generator: it must have been trained on the images of train_{fold}.csv.
+    """
+    csv = synthetic.split.path
+    reasons, remarks = [], []
+    source = _labels_from(synthetic.split, root, fold)
+    if source not in (None, f"train_{fold}"):
+        reasons.append(f"{csv}: its labels are those of {Path(root) / source}.csv, expected those of train_{fold}.csv")
+    elif source is None:
+        remarks.append(f"{csv}: its labels are not those of train_{fold}.csv row by row")
+    trained_on, trained_fold = synthetic.about.get("training_images"), synthetic.about.get("trained_on_fold")
+    hashes = {path.stem: file_hash(path) for path in csv_files(root)}
+    if trained_on and trained_on != hashes[f"train_{fold}"]:
+        known = next((name for name, found in hashes.items() if found == trained_on), None)
+        what = f"{known}.csv" if known else f"images that {root} does not list (fold {trained_fold} of other data)"
+        reasons.append(f"{synthetic.folder}: its generator was trained on {what}, expected train_{fold}.csv")
+    elif not trained_on and trained_fold is not None and trained_fold != fold:
+        reasons.append(f"{synthetic.folder}: its generator was trained on fold {trained_fold}, whose training images "
+                       f"include validation images of fold {fold}; expected fold {fold}")
+    elif not trained_on:
+        remarks.append(f"{synthetic.folder}: does not say which images its generator was trained on; if validation or "
+                       "test images were among them, the scores flatter")
+    return reasons, remarks
+
+
+def csv_files(root):
+    """The CSV files of the splits of a data root."""
+    return sorted(path for name in ("train_*", "val_*", "test") for path in Path(root).glob(f"{name}.csv"))
+
+
+def _labels_from(split, root, fold):
+    """Name of the CSV of a data root whose labels these are, in its order, once or several times over; or None."""
+    for path in [Path(root) / f"train_{fold}.csv", *csv_files(root)]:
+        other = read_split(root, path.stem)
+        if set(other.label_names) <= set(split.label_names) and len(split) % len(other) == 0:
+            order = [split.label_names.index(name) for name in other.label_names]
+            if np.array_equal(split.labels[:, order], np.tile(other.labels, (len(split) // len(other), 1))):
+                return path.stem
+    return None
+
+
+def columns(split, label_names, real, chosen):
+    """The labels (n, K) of a synthetic split in the order of `label_names`, joined by name. Raises UserError.
+
+    Without a choice of labels (`chosen`), real and synthetic images must have the same ones.
+    """
+    missing = [name for name in label_names if name not in split.label_names]
+    if missing or (not chosen and set(split.label_names) != set(label_names)):
+        raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, but {real.path} has "
+                        f"{' '.join(real.label_names)}; sample with a model trained on these labels, or choose common "
+                        "ones with --labels")
+    return split.labels[:, [split.label_names.index(name) for name in label_names]]
+
+
+def choose(count, limit, real, seed, *purpose):
+    """Which of `count` synthetic images to take, at most `limit` -> their numbers, ascending.
+
+    The sampler goes through the labels of the `real` training images again and again: whole rounds keep their
+    distribution. What is left of the last round is drawn at random.
+    """
+    if limit >= count:
+        return list(range(count))
+    whole = limit // real * real
+    rest = range(whole, min(count, whole + real))
+    order = torch.randperm(len(rest), generator=generator(seed, "synthetic", *purpose))[:limit - whole]
+    return [*range(whole), *sorted(rest[i] for i in order.tolist())]
+
+
+def default_method(synthetic, augment):
+    """The name of a row of the table, where the user gives none."""
+    models = [re.sub(r"[^\w.+-]+", "-", s.model) for s in synthetic]
+    return "+".join(dict.fromkeys(models)) or ("baseline" if augment != "none" else "baseline-without-augmentation")

@@ -1,0 +1,156 @@
+"""The latent cache: posterior mean and std of each training image and of its mirror image.
+
+FEATURES/features_{fold}/ holds `manifest.json` and shards; the manifest says which VAE, images and labels they
+come from, so that a stale or foreign cache is refused. Keeping the moments instead of one draw lets training see
+a new draw and mirror each time (the published extraction freezes one of each for all epochs). The published
+layout, one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from core.errors import UserError
+from core.files import write_atomically, write_text
+from dataset.root import file_sizes, fingerprint
+from dataset.vae import same_weights
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """n images in V variants (the image and its mirror image; the published layout has one)."""
+
+    path: Path
+    manifest: dict
+    mean: torch.Tensor  # (n, V, C, h, w), scaled latents
+    std: torch.Tensor | None  # the same; None where the mean is exact (pixels, or one stored draw)
+    labels: torch.Tensor  # (n, K) float32
+
+    def __len__(self):
+        return len(self.mean)
+
+    def draw(self, image, generator):
+        """One training latent (C, h, w) of image number `image`: a mirror by coin, a posterior sample."""
+        variant = int(torch.randint(self.mean.shape[1], (), generator=generator))
+        latent = self.mean[image, variant]
+        if self.std is None:
+            return latent
+        return latent + self.std[image, variant] * torch.randn(latent.shape, generator=generator)
+
+
+def manifest_of(split, codec, image_size):
+    """What a cache of these images through this codec must say of itself."""
+    return {
+        "format": FORMAT, "vae": codec.identity, "image_size": image_size, "label_names": list(split.label_names),
+        "csv": split.path.name, "csv_sha256": fingerprint(split), "image_bytes": file_sizes(split),
+        "filenames": list(split.filenames),
+    }
+
+
+def differences(found, expected):
+    """Names of the manifest entries that differ, most telling first."""
+    foreign = [] if same_weights(found.get("vae"), expected["vae"]) else ["vae"]
+    return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames", "image_bytes")
+                      if found.get(key) != expected[key]]
+
+
+def folder(features_path, fold):
+    """Where the cache of a fold lies."""
+    return Path(features_path) / f"features_{fold}"
+
+
+def read_manifest(path):
+    """The manifest of a cache folder, or None if it has none."""
+    file = Path(path) / "manifest.json"
+    return _whole(file, lambda file: json.loads(file.read_text())) if file.is_file() else None
+
+
+def write_shard(path, rank, first, mean, std, labels):
+    """Write the images that one process encoded, `first` being the number of the first."""
+    tensors = {"first": torch.tensor(first), "mean": mean.contiguous(), "labels": labels.contiguous()}
+    if std.any():
+        tensors["std"] = std.contiguous()
+    write_atomically(Path(path) / f"shard-{rank:05d}.safetensors", lambda file: save_file(tensors, file))
+
+
+def write_manifest(path, manifest):
+    """Written last: a folder without it is not a cache."""
+    write_text(Path(path) / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def load(features_path, fold):
+    """Read the cache of a fold, ours or the published layout. Raises UserError."""
+    path = folder(features_path, fold)
+    if not path.is_dir():
+        found = ", ".join(sorted(p.name for p in Path(features_path).glob("features_*"))) or "no features at all"
+        raise UserError(f"--fold {fold}: {path} does not exist (found: {found}); run extract_features.py --fold {fold}")
+    manifest = read_manifest(path)
+    if manifest is None:
+        return _load_published(path, Path(features_path) / f"labels_{fold}")
+    shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
+                    key=lambda s: int(s["first"]))
+    mean, std, labels = (torch.cat([s[name] for s in shards]) if shards and all(name in s for s in shards) else None
+                         for name in ("mean", "std", "labels"))
+    if mean is None or len(mean) != len(manifest["filenames"]):
+        raise UserError(f"{path}: holds {0 if mean is None else len(mean)} latents, its manifest says "
+                        f"{len(manifest['filenames'])}; remove it and extract again")
+    return LatentCache(path, manifest, mean, std, labels)
+
+
+def _load_published(path, labels_path):
+    """features_{fold}/{i}.npy (1, C, h, w) and labels_{fold}/{i}.npy (1, K), paired by name."""
+    names = sorted((p.stem for p in path.glob("*.npy")), key=lambda name: (len(name), name))
+    label_names = {p.stem for p in labels_path.glob("*.npy")}
+    if not names:
+        raise UserError(f"{path}: neither manifest.json nor .npy files; remove it and run extract_features.py")
+    if set(names) != label_names:
+        odd = sorted(set(names) ^ label_names)[0]
+        raise UserError(f"{path} and {labels_path}: {odd}.npy is in only one of them; extract again")
+    mean = np.stack([_whole(path / f"{name}.npy", np.load)[0] for name in names])[:, None]
+    labels = np.stack([_whole(labels_path / f"{name}.npy", np.load).reshape(-1) for name in names])
+    return LatentCache(path, {}, torch.tensor(mean).float(), None, torch.tensor(labels).float())
+
+
+def _whole(file, read):
+    """`read(file)`; UserError if the file is damaged, as by an interrupted copy."""
+    try:
+        return read(file)
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove {file.parent} and extract again") from None
+
+
+CHANGED = {"csv_sha256": "{csv} has changed", "filenames": "{csv} has changed", "image_bytes": "images have changed"}
+
+
+def same_rows(a, b):
+    """Do two label tables hold the same rows, in whatever order? The published layout keeps no names."""
+    return sorted(map(tuple, torch.as_tensor(a).tolist())) == sorted(map(tuple, torch.as_tensor(b).tolist()))
+
+
+def check(cache, expected, labels, codec, cells):
+    """Refuse a cache that was not made from this data by this codec; the published layout can only be measured."""
+    shape = (codec.channels, cells, cells)
+    if tuple(cache.mean.shape[2:]) != shape:
+        raise UserError(f"{cache.path}: latents of shape {tuple(cache.mean.shape[2:])}, expected {shape}; check "
+                        "--image-size, --vae and --in-channels, or extract again")
+    shape = (len(expected["filenames"]), len(expected["label_names"]))
+    if tuple(cache.labels.shape) != shape:
+        raise UserError(f"{cache.path}: {len(cache)} latents with {cache.labels.shape[1]} labels, but "
+                        f"{expected['csv']} has {shape[0]} images with {shape[1]}; extract again")
+    if not cache.manifest and not same_rows(cache.labels, labels):
+        raise UserError(f"{cache.path}: its labels are not those of {expected['csv']}; extract again")
+    wrong = differences(cache.manifest, expected) if cache.manifest else []
+    if wrong and wrong[0] in CHANGED:
+        raise UserError(f"{cache.path}: {CHANGED[wrong[0]].format(**expected)} since extraction; remove it and extract "
+                        "again")
+    if wrong:
+        found, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))
+        raise UserError(f"{cache.path}: {wrong[0]} is {found}, expected {wanted}; give the flags it was made with "
+                        "or remove it and extract again")

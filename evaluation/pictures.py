@@ -1,0 +1,50 @@
+"""The picture of real images beside generated ones that were asked for the same labels."""
+
+import numpy as np
+import torch
+
+from core.random import generator
+from dataset.images import load_image
+from dataset.pictures import caption, stack
+
+SHOWN = 8  # images of each set
+
+
+def picture(real, generated, label_names, image_size, seed):
+    """Real images on top, generated ones below, under each what it shows; columns share it where possible.
+
+    `real` is an ImageSet, `generated` a list of them. Which images: chosen at random, but each label combination once
+    before any comes twice.
+    """
+    def order(n, *purpose):
+        return torch.randperm(n, generator=generator(seed, "picture", *purpose)).tolist()
+
+    def open_images(s, indices):
+        return [None if i is None else load_image(s.paths[i], image_size) for i in indices]
+
+    def captions(s, indices):
+        return ["" if i is None or s.labels is None else caption(s.labels[i], label_names) for i in indices]
+
+    sets = [real, *generated]
+    titles = ["real", *(s.about.get("model") or f"generated {i + 1}" for i, s in enumerate(generated))]
+    chosen = [different(real.labels, order(len(real), "real"))[:SHOWN]]
+    for i, s in enumerate(generated):
+        chosen.append(match(real.labels[chosen[0]], s.labels, order(len(s), i)))
+    return stack([*map(open_images, sets, chosen)], titles, [*map(captions, sets, chosen)], len(chosen[0]))
+
+
+def different(labels, order):
+    """Reorder `order` so that the first image of each label combination comes before every repetition."""
+    first = {tuple(labels[i]): i for i in reversed(order)}.values()
+    return [i for i in order if i in first] + [i for i in order if i not in first]
+
+
+def match(wanted, labels, order):
+    """For each row of `wanted` (n, K) the index of an image with these labels, else of another, else None."""
+    free, found = list(order), []
+    for row in wanted:
+        hit = next((i for i in free if labels is not None and np.array_equal(labels[i], row)), None)
+        found.append(hit)
+        if hit is not None:
+            free.remove(hit)
+    return [free.pop(0) if i is None and free else i for i in found]
