@@ -3,23 +3,25 @@
     python sample_ddp_val.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path data/oct --fold 0 --sample-dir synthetic
     torchrun --nproc_per_node=4 sample_ddp_val.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path data/oct
 
-Writes SAMPLE_DIR/{name}/gen_samples_val/%06d.png, val_syn_{fold}.csv and val_syn_{fold}.npy.
+Writes SAMPLE_DIR/{name}/gen_samples_val/%06d.png, val_syn_{fold}.csv and val_syn_{fold}.npy. Its flags are those of
+sample_ddp.py. Stopped, the same command continues: images that are there are kept.
 """
 
 from core import runtime
 from core.cli import run
 from dataset.root import read_split
-from generation import sampling
-
-
-def labels_of(args, checkpoint):
-    split = read_split(args.data_path, f"val_{args.fold}")
-    return split.labels, split.label_names
+from sample_ddp import parser, sample
 
 
 def main():
-    args = sampling.parser(__doc__, "data root with val_{fold}.csv").parse_args()
-    sampling.run(args, labels_of, "gen_samples_val", "val_syn")
+    args = parser(__doc__, "data root with val_{fold}.csv").parse_args()
+    sample(args, validation_labels, "gen_samples_val", "val_syn")
+
+
+def validation_labels(args, label_names):
+    """Labels (n, K) of the validation images and their names."""
+    split = read_split(args.data_path, f"val_{args.fold}")
+    return split.labels, split.label_names
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     `released`: flag -> value that it has under `--as-released` (docs/FIDELITY.md), unless it is given too.
     """
 
-    def __init__(self, description, released=None, **options):
+    def __init__(self, description, released=None, presets=None, **options):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
         self.released = released
         self.add_argument("--assets", action=_Assets, default=argparse.SUPPRESS, metavar="DIR",

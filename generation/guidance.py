@@ -1,8 +1,39 @@
-"""Classifier-free guidance and gene heredity: the wrapper that turns a labelled model into what a sampler calls."""
+"""Classifier-free guidance and gene heredity: the wrapper that turns a labelled model into what a sampler calls.
+
+Gene heredity (paper Sec. 2): between denoising steps the automaton's living state is inherited. `--heredity` says how:
+
+    published   the hidden channels are inherited at every step, the output channels grow anew from one seed cell
+    none        every step starts from a single living cell, as a training step without heredity does
+    below:T     published at steps t < T, none above: where the image is mostly noise, nothing is worth inheriting
+    whole       published where there is guidance; without guidance (scale 1) all channels are inherited. This is what
+                the published unguided path does (`forward`, geca.py:486-489, fed with its own state by
+                gaussian_diffusion.py:617-618), so that its scale 1 is not the limit of scales above 1
+"""
 
 import torch
 
+from core.errors import UserError
 from core.random import on_device, per_image
+
+HEREDITY = ("published", "none", "whole")  # and below:T
+
+
+def inherits(heredity, t):
+    """Does the denoising step t (an int) take over what the previous one left?"""
+    if heredity.startswith("below:"):
+        return t < int(heredity.removeprefix("below:"))
+    return heredity != "none"
+
+
+def next_state(model, state, seed_noise, grid):
+    """The state that a call of an automaton starts from: inherited from `state`, or of one living cell if it is None.
+
+    state (n, S, h, w) or None, seed_noise (n, 2C), grid (h, w) -> (n, S, h, w). Sampling uses it between denoising
+    steps, training (`--train-heredity`) between the two passes of one step.
+    """
+    if state is None:
+        return model.initial_state(len(seed_noise), *grid, seed_noise)
+    return model.inherit(state, seed_noise)
 
 
 class ImageNoise:
@@ -19,53 +50,71 @@ class ImageNoise:
 class GuidedDenoiser:
     """Classifier-free guidance around a labelled model (Ho & Salimans 2022), and gene heredity.
 
-    ε = ε_null + scale·(ε_label − ε_null) on all channels, the variance is that of the labelled half; both halves
-    go through the model in one batch and keep separate states. At scale 1 the null half is left out.
-    `generators` holds two lists, one generator per image for each half. Every call starts from the state the
-    previous one left by the same rule, whatever the scale: hidden channels inherited, output seeded afresh.
-    `unguided_state="whole"` is the published rule where there is no guidance: all channels inherited (`forward`,
-    geca.py:486-489, fed with its own state by gaussian_diffusion.py:617-618), so that its scale 1 is not the limit
-    of scales above 1.
+    ε = ε_null + scale · (ε_cond − ε_null) on all channels; the variance is the conditional one. The conditional and
+    the unconditional copy of an image go through the model in one batch and keep separate states. At scale 1 the
+    unconditional copy is left out.
 
+    `generators` holds two lists, one generator per image for the conditional and one for the unconditional copy: they
+    decide seed cells and which cells fire. `heredity`: see the head of this file.
     `interval` (low, high): the original steps t, ends included, at which there is guidance (Kynkäänniemi et al. 2024).
-    At others only the labelled half is computed, and the null half keeps the state it has.
+    At others only the conditional copy is computed, and the unconditional one keeps the state it has.
     """
 
-    def __init__(self, model, y, scale, generators, unguided_state="hidden", interval=None):
-        self.model, self.y, self.scale, self.generators, self.interval = model, y, scale, generators, interval
-        self.inherits_whole = scale == 1 and unguided_state == "whole"
+    def __init__(self, model, y, scale, generators, heredity="published", interval=None):
+        self.model, self.y, self.scale, self.generators = model, y, scale, generators
+        self.heredity, self.interval = heredity, interval
 
     def __call__(self, x, t, state):
-        """x (N, C, H, W), t (N,), state of both halves (a pair, each (N, S, H, W) or None) or None -> out, state."""
-        n, (state, null_state) = len(x), state or (None, None)
+        """x (N, C, H, W), t (N,) the same for all, state: a pair (conditional, unconditional), each (N, S, H, W) or
+        None, or None at the first step -> out (N, 2C, H, W), such a pair."""
+        n, (cond, null) = len(x), state or (None, None)
         generators, null_generators = map(list, self.generators)
-        if not self.guides(t):
-            out, state = self.call(x, t, self.y, [state], generators)
-            return out, (state, null_state)
-        out, after = self.call(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([self.y, torch.zeros_like(self.y)]),
-                               [state, null_state], generators + null_generators)
-        (eps, variance), (eps_null, _) = (half.chunk(2, dim=1) for half in out.float().chunk(2))
+        if not self.guides(int(t[0])):
+            out, cond = self.call(x, t, self.y, [cond], generators)
+            return out, (cond, null)
+        y = torch.cat([self.y, torch.zeros_like(self.y)])  # (2N, K): the null label is all zeros
+        out, after = self.call(x.repeat(2, 1, 1, 1), t.repeat(2), y, [cond, null], generators + null_generators)
+        (eps, variance), (eps_null, _) = (part.chunk(2, dim=1) for part in out.float().chunk(2))
         guided = torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1)
         return guided, (None, None) if after is None else (after[:n], after[n:])
 
     def guides(self, t):
-        """Is there guidance at this step (the same for all images)?"""
+        """Is there guidance at the original step t?"""
         if self.scale == 1 or self.interval is None:
             return self.scale != 1
-        return self.interval[0] <= int(t[0]) <= self.interval[1]
+        return self.interval[0] <= t <= self.interval[1]
 
     def call(self, x, t, y, states, generators):
-        """The model on one half or two; `states` are what each half left."""
-        state = self.living_state(x, states, generators) if hasattr(self.model, "inherit") else None
+        """The model on one or both copies of the images; `states` are what the previous call left of each copy."""
+        state = self.living_state(x, int(t[0]), states, generators) if hasattr(self.model, "inherit") else None
         return self.model(x, t, y, state, generators)
 
-    def living_state(self, x, states, generators):
-        """What each half inherits, or a single living cell where it has not lived before."""
+    def living_state(self, x, t, states, generators):
+        """What each copy starts from, by `heredity`: (copies · n, S, h, w)."""
         seeds = self.model.draw_seed(len(x), generators)  # whether they are used or not: later draws must not move
-        halves = []
+        copies = []
         for state, seed in zip(states, on_device(seeds, x.device).chunk(len(states)), strict=True):
-            if state is None:
-                halves.append(self.model.initial_state(len(seed), *x.shape[2:], seed))
+            if self.heredity == "whole" and self.scale == 1 and state is not None:
+                copies.append(state)
             else:
-                halves.append(state if self.inherits_whole else self.model.inherit(state, seed))
-        return torch.cat(halves)
+                inherited = state if inherits(self.heredity, t) else None
+                copies.append(next_state(self.model, inherited, seed, x.shape[2:]))
+        return torch.cat(copies)
+
+
+def parse_heredity(text):
+    """A value of `--heredity`, checked. Raises UserError."""
+    name, colon, step = text.partition(":")
+    if text not in HEREDITY and not (name == "below" and step.isdecimal() and int(step) <= 1000):
+        raise UserError(f"--heredity {text}: expected {', '.join(HEREDITY)} or below:T with a diffusion step T of at "
+                        "most 1000")
+    return f"below:{int(step)}" if colon else text
+
+
+def default_heredity(trained_with):
+    """How a model samples best that was trained with `--train-heredity P`; None where its file does not say.
+
+    What was trained to inherit inherits. What never saw an inherited state in training does better without: see
+    docs/LEARNING.md. A published file, or one of before there was a choice, is sampled as published.
+    """
+    return "none" if trained_with == 0 else "published"

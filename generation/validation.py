@@ -1,6 +1,6 @@
 """Validation during training: sample, score, and show real images beside generated ones."""
 
-import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,60 +12,69 @@ from core.files import write_atomically
 from core.random import generator
 from dataset import pictures
 from dataset.images import load_images
-from evaluation.features import open_features
-from generation.sampling import sample_images
+from generation.sampling import SamplingOptions, sample_images
 from metrics.kid import SUBSETS, kid, polynomial_mmd
 
 
-class Validation:
-    """Samples with the labels of validation images, scored by KID against all validation images of the fold."""
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What is sampled and how it is scored."""
 
-    def __init__(self, args, accelerator, codec, split):
-        self.args, self.accelerator, self.codec, self.split = args, accelerator, codec, split
+    sampling: SamplingOptions
+    samples: int = 24  # images
+    labels: str = "own"  # those of validation images, or "null": none at all, as published
+    score: str = "fresh"  # KID against all validation images, or "accumulated": never reset, as published
+
+
+class Validation:
+    """Samples with the labels of validation images, scored by KID against all validation images of the fold.
+
+    `features(uint8 images (n, H, W, 3)) -> (n, D)` is the feature space of the KID; `cells` the side of the grid.
+    """
+
+    def __init__(self, split, features, codec, image_size, cells, options, accelerator, workers=4):
         if len(split) < 2:
             raise UserError(f"{split.path}: holds one image, KID needs two; prepare more patients or fewer folds")
-        self.features = open_features(args.features, accelerator.device)
-        self.real = load_images(split.image_paths, args.image_size, args.num_workers)
-        self.real_features = self.features(self.real)
-        chosen = torch.randperm(len(split), generator=generator(args.global_seed, "validation"))
-        self.chosen = chosen[: args.val_samples].tolist()
+        self.split, self.features, self.codec, self.cells = split, features, codec, cells
+        self.options, self.accelerator = options, accelerator
+        self.real = load_images(split.image_paths, image_size, workers)
+        self.real_features = features(self.real)
+        chosen = torch.randperm(len(split), generator=generator(options.sampling.seed, "validation"))
+        self.chosen = chosen[: options.samples].tolist()
 
-    def __call__(self, training, folder):
-        """Sample -> KID; writes the grid samples/epoch-{epoch}.png."""
-        rank, processes, args = self.accelerator.process_index, self.accelerator.num_processes, self.args
+    def __call__(self, net, picture, before):
+        """Sample from `net`, write the grid of images to the file `picture` -> KID, the same on all processes.
+
+        `before`: features of the samples of earlier validations; with score "accumulated" these are added to it.
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         ids = list(range(len(self.chosen)))[rank::processes]
         labels = torch.as_tensor(self.split.labels[self.chosen])
-        if args.validation_labels == "null":
+        if self.options.labels == "null":
             labels = torch.zeros_like(labels)
-        net = training.ema
-        if args.validation_weights == "model":  # in a copy: the net itself would compute in --mixed_precision
-            net = copy.deepcopy(net)
-            net.load_state_dict(self.accelerator.unwrap_model(training.net).state_dict())
-        options = {"steps": args.num_sampling_steps, "batch_size": 32, "cfg_scale": args.cfg_scale,
-                   "cells": training.model_args["input_size"], "multi_scale": args.multi_scale,
-                   "seed": args.global_seed, "device": self.accelerator.device, "unguided_state": args.unguided_state}
-        with tqdm(total=len(ids) * args.num_sampling_steps, desc="validation", unit="image-step", mininterval=5,
-                  leave=False, disable=rank != 0) as bar:
-            batches = sample_images(net, self.codec, labels[ids], ids, progress=bar, **options)
-            made = [pair for batch in batches for pair in zip(*batch, strict=True)]
-        made = gather_object(made)
+        sampling = self.options.sampling
+        with tqdm(total=len(ids) * sampling.steps, desc="validation", unit="image-step", mininterval=5, leave=False,
+                  disable=rank != 0) as bar:
+            batches = sample_images(net, self.codec, labels[ids], ids, self.cells, sampling, self.accelerator.device,
+                                    bar)
+            made = gather_object([pair for batch in batches for pair in zip(*batch, strict=True)])
         images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
         if rank == 0:
-            self.write_grid(images, folder / "samples" / f"epoch-{training.epoch:05d}.png")
-        found = [self.kid(self.features(images), training.validated) if rank == 0 else None]
-        return broadcast_object_list(found)[0]  # one number: the processes must agree on what is best
+            self.write_grid(images, picture)
+        score = [self.kid(self.features(images), before) if rank == 0 else None]
+        return broadcast_object_list(score)[0]  # one number: the processes must agree on what is best
 
     def kid(self, features, before):
-        """KID of generated features (n, D); `before` are those of earlier validations, to which it adds these.
+        """KID of generated features (n, D).
 
-        `accumulated` is the published metric that is never reset (train.py:203, 434-436): all generated images since
+        "accumulated" is the published metric that is never reset (train.py:203, 434-436): all generated images since
         the start, against the same few real ones counted as often, over 100 subsets of ⌊n / 4⌋.
         """
-        if self.args.validation_kid == "fresh":
+        if self.options.score == "fresh":
             return float(polynomial_mmd(self.real_features, features))
         before.append(torch.as_tensor(features))
         real = np.tile(self.real_features[self.chosen], (len(before), 1))
-        return kid(real, np.concatenate(before), max(2, len(features) // 4), SUBSETS, self.args.global_seed)[0]
+        return kid(real, np.concatenate(before), max(2, len(features) // 4), SUBSETS, self.options.sampling.seed)[0]
 
     def write_grid(self, images, path):
         """Real images above generated ones with the same labels."""

@@ -1,6 +1,7 @@
 """Checkpoints: safe to read, whole or not there, enough to rebuild the net, and readable both ways."""
 
 import argparse
+import dataclasses
 import math
 import os
 import pickle
@@ -61,9 +62,9 @@ def same_weights(state, model):
 def test_the_published_layout_is_read(tmp_path, geca):
     torch.save(published(geca), tmp_path / "c.pt")
     found = checkpoints.load(tmp_path / "c.pt")
-    assert found["model_args"] == {"model": "GeCA-XS", "num_classes": 7, "in_channels": 3}  # the shapes are right
-    assert (found["args"]["image_size"], found["args"]["vae"], found["args"]["num_classes"]) == (256, "mse", 7)
-    assert found["label_names"] is None and found["codec"] is None and found["step"] is None
+    assert found.model_args == {"model": "GeCA-XS", "num_classes": 7, "in_channels": 3}  # the shapes are right
+    assert (found.args["image_size"], found.args["vae"], found.args["num_classes"]) == (256, "mse", 7)
+    assert found.label_names is None and found.codec is None and found.step is None
     assert same_weights(checkpoints.build(found).state_dict(), geca)
     assert torch.equal(checkpoints.build(found, "model").final_layer.linear.bias, geca.final_layer.linear.bias + 1)
     text = checkpoints.summary(found)
@@ -76,16 +77,16 @@ def test_the_published_layout_is_read(tmp_path, geca):
 def test_bare_weights_are_read(tmp_path, geca, prefix, write, name):
     write({prefix + key: value for key, value in geca.state_dict().items()}, tmp_path / name)
     found = checkpoints.load(tmp_path / name)
-    assert same_weights(checkpoints.build(found).state_dict(), geca) and not found["model"]
+    assert same_weights(checkpoints.build(found).state_dict(), geca) and not found.model
     assert "averaged or raw (not said) weights" in checkpoints.summary(found)
-    assert found["args"]["image_size"] is None and found["args"]["vae"] is None
+    assert found.args["image_size"] is None and found.args["vae"] is None
 
 
 @pytest.mark.parametrize("name, sizes", [("GeCA-S", {"num_classes": 2, "in_channels": 4}),
                                          ("DiT-S/4", {"num_classes": 3, "in_channels": 2, "input_size": 8})])
 def test_a_model_is_known_by_its_shapes(tmp_path, name, sizes):
     torch.save(MODELS[name](**sizes).state_dict(), tmp_path / "c.pt")
-    assert checkpoints.load(tmp_path / "c.pt")["model_args"] == {"model": name, **sizes}
+    assert checkpoints.load(tmp_path / "c.pt").model_args == {"model": name, **sizes}
 
 
 def test_ours_is_read_by_published_code(tmp_path, geca):
@@ -108,10 +109,10 @@ def test_conversion(tmp_path, kind, half, name):
     found = checkpoints.load(tmp_path / name)
     other = "model" if kind == "ema" else "ema"
     for key, value in checkpoint[kind].items():
-        assert torch.equal(found[kind][key], value.half() if half else value)
-    assert not found[other] and not found.get("opt")
+        assert torch.equal(found.weights(kind)[key], value.half() if half else value)
+    assert not found.weights(other) and not found.opt
     for said in ("args", "label_names", "model_args", "step", "codec", "run"):
-        assert found[said] == checkpoint[said]
+        assert getattr(found, said) == checkpoint[said]
     if name == "out.safetensors":  # and anybody else finds the published names in it
         assert set(load_file(tmp_path / name)) == set(checkpoint[kind])
 
@@ -198,7 +199,7 @@ def test_a_folder_that_does_not_exist_and_a_run_before_its_first_validation(tmp_
     for name in ("o.pt", "o.safetensors"):
         out = succeeded(call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / name))
         assert "best KID not said" in out
-        assert checkpoints.load(tmp_path / name).get("validated") in (None, [])
+        assert checkpoints.load(tmp_path / name).validated == []
 
 
 def test_a_damaged_safetensors_file_is_one_line(tmp_path):
@@ -220,7 +221,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(tmp_path / "c.pt", {**checkpoint, "step": 8})
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-    assert checkpoints.load(tmp_path / "c.pt")["step"] == 7
+    assert checkpoints.load(tmp_path / "c.pt").step == 7
 
 
 def test_a_flag_that_disagrees_is_an_error():
@@ -230,3 +231,29 @@ def test_a_flag_that_disagrees_is_an_error():
     checkpoints.check_flag("c.pt", "model", "GeCA-XS", "GeCA-XS")
     with pytest.raises(UserError, match=r"--image-size 64: c\.pt was trained with --image-size 32"):
         checkpoints.check_flag("c.pt", "image_size", 64, 32)
+
+
+def test_a_checkpoint_cannot_be_changed_after_loading(tmp_path):
+    _, checkpoint = small_checkpoint()
+    checkpoints.save(tmp_path / "c.pt", checkpoint)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        checkpoints.load(tmp_path / "c.pt").step = 8
+
+
+def test_further_averages_are_named_by_their_decay(tmp_path):
+    """Kept in the file, found under ema:DECAY, converted alone, checked like the other weights."""
+    model, checkpoint = small_checkpoint()
+    long = {key: value + 2 for key, value in model.state_dict().items()}
+    checkpoints.save(tmp_path / "c.pt", {**checkpoint, "averages": {"0.99": long}})
+    loaded = checkpoints.load(tmp_path / "c.pt")
+    assert loaded.kinds == ["ema", "model", "ema:0.99"] and loaded.weights("ema:0.5") == {}
+    assert same_weights(long, checkpoints.build(loaded, "ema:0.99"))
+    succeeded(call_script("generation/checkpoint.py", tmp_path / "c.pt", "--to", tmp_path / "long.pt", "--weights",
+                          "ema:0.99"))
+    assert same_weights(long, checkpoints.build(checkpoints.load(tmp_path / "long.pt")))
+    checkpoints.save(tmp_path / "odd.pt", {**checkpoint, "averages": {"0.99": {"a": torch.ones(1)}}})
+    with pytest.raises(UserError, match="not those of the GeCA-XS"):
+        checkpoints.load(tmp_path / "odd.pt")
+    checkpoints.save(tmp_path / "odd.pt", {**checkpoint, "averages": [1]})
+    with pytest.raises(UserError, match="its `averages`"):
+        checkpoints.load(tmp_path / "odd.pt")

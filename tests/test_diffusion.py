@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,23 +134,25 @@ def test_samplers_converge_at_the_order_they_promise(sampler, low, high, varianc
 
 def test_multistep_solver_by_hand():
     """The second step extrapolates x_0 by half the ratio of the steps in λ; another grid begins anew."""
-    diffusion = create_diffusion("10")
-    solver = samplers.MultistepSolver(diffusion)
-    one = torch.ones(1, 1, 1, 1)
+    diffusion, predicted = create_diffusion("4"), iter([2.0, 3.0, 4.0, 5.0])
 
-    def step(i, xstart, x=0.0):
-        return solver(SimpleNamespace(pred_xstart=xstart * one), x * one, torch.tensor([i]), None).item()
+    def denoise(x, t, state):
+        level = create_diffusion().alphas_cumprod[int(t[0])]
+        return torch.cat([(x - level**0.5 * next(predicted)) / (1 - level) ** 0.5, torch.zeros_like(x)], 1), state
 
-    def first_order(i, xstart):
-        here, there = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
-        h = 0.5 * math.log(there / (1 - there) * (1 - here) / here)
-        return there**0.5 * (1 - math.exp(-h)) * xstart
+    def enlarge(x, state, t):
+        return (x.repeat(1, 1, 2, 2) if t == diffusion.timestep_map[1] else x), state
 
-    assert step(9, 2.0) == pytest.approx(first_order(9, 2.0))
-    assert step(8, 3.0) == pytest.approx(first_order(8, 3 + solver.h[8] / (2 * solver.h[9])))
-    assert step(0, 5.0, x=9.0) == pytest.approx(5)  # the last step is the prediction itself
-    solver(SimpleNamespace(pred_xstart=torch.ones(1, 1, 2, 2)), torch.zeros(1, 1, 2, 2), torch.tensor([4]), None)
-    assert step(3, 3.0) == pytest.approx(first_order(3, 3.0))
+    passed = []
+    samplers.dpmpp_sample_loop(diffusion, lambda x, t, state: (passed.append(x), denoise(x, t, state))[1],
+                               torch.zeros(1, 1, 1, 1), lambda shape: None, regrid=enlarge)
+    level, before = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
+    h = [0.5 * math.log(b / (1 - b) * (1 - a) / a) for a, b in zip(level[1:], before[1:], strict=True)]  # of steps 1-3
+    x = 0.0
+    for k, estimate, i in ((3, 2.0, 1), (2, 3 + h[1] / (2 * h[2]) * (3 - 2), 2), (1, 4.0, 3)):
+        x = ((1 - before[k]) / (1 - level[k])) ** 0.5 * x + before[k] ** 0.5 * (1 - math.exp(-h[k - 1])) * estimate
+        assert passed[i].flatten()[0].item() == pytest.approx(x, rel=1e-4)
+    assert [p.shape[-1] for p in passed] == [1, 1, 2, 2]
 
 
 def test_learned_variance_runs_from_posterior_to_beta():

@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from dataset import latents
 from dataset.images import load_images
 from dataset.root import read_split
 from dataset.vae import VaeCodec
-from diffusion import create_diffusion
 from generation import sampling
 from models import MODELS
 from train_vae import build
@@ -270,16 +270,18 @@ class Still(torch.nn.Module):
 
 
 def test_every_draw_of_an_image_is_a_function_of_seed_and_number():
-    def latents_of(ids, seed=0):
+    def latents_of(ids, seed=0, shared=False):
         model = Still()
-        made = sampling.sample_latents(model, create_diffusion("3"), torch.ones(len(ids), 5), ids, cells=4,
-                                       cfg_scale=1.5, seed=seed, device="cpu")
-        return made, model.drawn
+        options = sampling.SamplingOptions(steps=3, seed=seed, shared_fire=shared)
+        return sampling.sample_latents(model, torch.ones(len(ids), 5), ids, 4, options, "cpu"), model.drawn
 
     (pair, drawn), (alone, drawn_alone) = latents_of([5, 9]), latents_of([9])
     assert torch.equal(alone[0], pair[1]) and [(d[1], d[3]) for d in drawn] == drawn_alone
     assert not torch.isclose(pair[0], pair[1]).any() and not torch.isclose(alone, latents_of([9], seed=1)[0]).any()
-    assert len(set(sum(drawn, ()))) == 3 * 4  # three steps, two images, two halves: which cells fire is never shared
+    assert len(set(sum(drawn, ()))) == 3 * 4  # three steps, two images, conditional and unconditional: never the same
+    shared, drawn_shared = latents_of([5, 9], shared=True)
+    assert torch.equal(shared, pair)  # this model uses none of its draws
+    assert all(d[:2] == d[2:] for d in drawn_shared) and [d[:2] for d in drawn_shared] == [d[:2] for d in drawn]
 
 
 def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
@@ -301,7 +303,8 @@ def test_samples_do_not_depend_on_processes_or_batch_size(trained, tmp_path):
 def test_a_checkpoint_of_the_published_layout_gives_the_same_images(trained, tiny_vae, tmp_path):
     """Weights from inside DistributedDataParallel, flags as a Namespace; and bare weights, which say nothing."""
     ours = checkpoint(trained, "best")
-    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "ours"))
+    succeeded(sample("sample_ddp_val.py", trained, tmp_path / "ours", "--heredity", "published"))
+    expected = pictures(tmp_path / "ours" / f"{NAME}-heredity-published" / "gen_samples_val")
     theirs = {kind: {f"module.{k}": v for k, v in ours[kind].items()} for kind in ("model", "ema")}
     flags = argparse.Namespace(model="GeCA-XS", image_size=32, vae=tiny_vae, image_space=False, multi_scale=False)
     (tmp_path / "p").mkdir()
@@ -312,8 +315,8 @@ def test_a_checkpoint_of_the_published_layout_gives_the_same_images(trained, tin
         assert ("does not say all" in out) == (name == "best_ckpt.safetensors")
         (made,) = (tmp_path / name).glob("*/gen_samples_val")
         again = pictures(made)
-        assert again.keys() and all(
-            (image == again[k]).all() for k, image in pictures(tmp_path / "ours" / NAME / "gen_samples_val").items())
+        assert again.keys() == expected.keys() and all((image == again[k]).all() for k, image in expected.items())
+        assert made.parent.name == NAME.replace("vae-vae", f"vae-{Path(tiny_vae).name}")  # the published name
     refused(sample("sample_ddp.py", trained, tmp_path / "n", "--ckpt", tmp_path / "p" / "best_ckpt.pt", "--vae", "ema"),
             "--vae ema")
 

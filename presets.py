@@ -1,0 +1,53 @@
+"""Every setting of the paper's tables and of our own runs, one row each, with its source: `--preset NAME`.
+
+A preset fills in what a command line leaves out; `--dry-run` prints what comes of it. Each row has sections, for the
+scripts that read it: "extract", "train", "sample" (both samplers), "expand" (sample_ddp.py), "classify". Nothing else
+holds a copy of these numbers.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: what a script is told, by name of the flag, and where the numbers come from."""
+
+    description: str
+    source: str
+    settings: dict = field(default_factory=dict)  # section -> flag -> value
+
+
+PAPER = "Elbatel et al., MICCAI 2024 (arXiv 2407.03018), Sec. 3 and the released commands"
+FDDM = "classifier of the same group on the same data (FDDM, MICCAI 2023): the paper names none"
+PAPER_TRAINING = {"image_size": 256, "vae": "ema", "epochs": 14000, "global_batch_size": 128, "lr": 1e-4,
+                  "lr_schedule": "constant", "warmup": 0, "clip_norm": 0, "adam_betas": [0.9, 0.999], "min_snr": 0,
+                  "train_heredity": 0, "ema_decay": 0.9999, "validate_every": 700, "heredity": "published"}
+PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5, "heredity": "published"}
+PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "optimizer": "sgd", "lr": 1e-3,
+                    "weight_decay": 1e-4, "global_batch_size": 8, "epochs": 80, "augment": "geometric"}
+PAPER_DATA = {"fundus": 5, "oct": 11}  # labels
+PAPER_MODELS = ("LDM-B", "DiT-S", "GeCA-S")
+
+PRESETS = {
+    f"paper-{data}-{model.lower()}": Preset(
+        f"{model} of Tables 1 and 2, {data}; 4 GPUs, --mixed_precision fp16", f"{PAPER}; {FDDM}",
+        {"extract": {"image_size": 256, "vae": "ema", "num_classes": labels},
+         "train": {"model": model, "num_classes": labels, **PAPER_TRAINING}, "sample": PAPER_SAMPLING,
+         "expand": {"expand_ratio": 5}, "classify": PAPER_CLASSIFIER})
+    for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A preset as one script sees it."""
+
+    description: str
+    source: str
+    settings: dict  # flag, with underscores -> value
+
+
+def presets_of(*sections):
+    """Name -> Section of every preset that says something to a script that reads these sections."""
+    return {name: Section(preset.description, preset.source,
+                          {flag: value for s in sections for flag, value in preset.settings.get(s, {}).items()})
+            for name, preset in PRESETS.items() if preset.settings.keys() & {*sections}}

@@ -1,0 +1,215 @@
+"""Study of learning: each model at several learning rates and schedules, and what else may help; docs/LEARNING.md.
+
+    python scripts/study_learning.py --data data/oct --output runs/learning --dry-run     one command per row, printed
+    python scripts/study_learning.py --data data/oct --output runs/learning               run what is missing
+    python scripts/study_learning.py --data data/oct --output runs/learning --only GeCA-XS
+
+Every arm trains from random weights on the same images, diffusion steps and noise, and is then sampled with the labels
+of all validation images. OUTPUT/points.jsonl gets a line per arm, training seed and way of sampling: KID of the samples
+against the validation images, the squared error of ε on validation images in five bins of the diffusion step, seconds
+per training step. The same command goes on where it stopped; what is in points.jsonl already is not measured again.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.cli import Parser, integer, run  # noqa: E402
+from core.errors import UserError  # noqa: E402
+from core.files import make_folder, write_atomically  # noqa: E402
+from core.random import generator  # noqa: E402
+from dataset.images import load_images  # noqa: E402
+from dataset.root import read_split  # noqa: E402
+from dataset.vae import cells_per_side, open_codec  # noqa: E402
+from diffusion import create_diffusion  # noqa: E402
+from evaluation.features import open_features  # noqa: E402
+from generation import checkpoint as checkpoints  # noqa: E402
+from generation.sampling import SamplingOptions, sample_images  # noqa: E402
+from metrics.kid import polynomial_mmd  # noqa: E402
+
+BATCH, SIZE = 32, 64
+DECAY = ("--lr-schedule", "linear", "--warmup", "50", "--clip-norm", "1")
+DRAWS = 3  # of noise and diffusion step, per validation image, for the held-out error
+BINS = 5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training: a row of the study."""
+
+    name: str
+    model: str
+    flags: tuple
+    steps: int = 720
+    seeds: int = 1
+
+
+def rate(lr):
+    return ("--lr", str(lr), *DECAY)
+
+
+MODELS = ("GeCA-XS", "DiT-S", "LDM-B")
+ARMS = [
+    *(Arm(f"{model} 3e-4 constant", model, ("--lr", "3e-4")) for model in MODELS),
+    *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in ("1e-3", "2e-3", "4e-3") for model in MODELS),
+]
+
+
+def training_command(arm, seed, options):
+    """train.py for an arm and a training seed; the number of epochs is that which gives its steps."""
+    epochs = arm.steps // (options.images // BATCH)
+    return ["train.py", "--model", arm.model, "--data-path", options.data, "--feature-path", options.output / "latents",
+            "--fold", options.fold, "--image-size", SIZE, "--vae", "retina", "--global-batch-size", BATCH, *arm.flags,
+            "--ema-decay", 0.999, "--epochs", epochs, "--global-seed", seed, "--val-samples", 24, "--sampler", "ddim",
+            "--num-sampling-steps", 25, "--log-every", 90, "--ckpt-every", 500, "--no-checkpoint-steps",
+            "--results-dir", run_folder(arm, seed, options)]
+
+
+def run_folder(arm, seed, options):
+    return options.output / "train" / f"{arm.name.replace(' ', '-')}-{arm.steps}-seed-{seed}"
+
+
+def checkpoint_of(arm, seed, options):
+    return next(run_folder(arm, seed, options).glob("000-*/checkpoints/last_ckpt.pt"), None)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the study lies and what it is made on."""
+
+    data: Path
+    output: Path
+    fold: int
+    images: int  # training images
+
+
+class Study:
+    """Measures trained arms; what needs the data is opened once."""
+
+    def __init__(self, options):
+        self.options, self.device = options, "cpu"
+        self.split = read_split(options.data, f"val_{options.fold}")
+        self.codec = open_codec("retina")
+        self.cells = cells_per_side(SIZE, self.codec)
+        self.features = open_features("retina", self.device)
+        images = load_images(self.split.image_paths, SIZE)
+        self.real = self.features(images)
+        self.labels = torch.as_tensor(self.split.labels)
+        moments = self.codec.moments(torch.as_tensor(images))
+        self.latents = moments[0]  # (n, C, h, w): posterior means
+
+    def score(self, model, sampling):
+        """KID × 1e-3 of one sample per validation image against all validation images."""
+        ids = list(range(len(self.labels)))
+        images = np.concatenate([made for _, made in sample_images(model, self.codec, self.labels, ids, self.cells,
+                                                                   sampling, self.device)])
+        return 1e3 * float(polynomial_mmd(self.real, self.features(images)))
+
+    @torch.no_grad()
+    def held_out_error(self, model):
+        """Mean squared error of ε on validation images, over DRAWS draws: (all, list of five bins of t)."""
+        diffusion, errors, steps = create_diffusion(), [], []
+        for draw in range(DRAWS):
+            generators = [generator(0, "held out", draw, i) for i in range(len(self.latents))]
+            t = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
+            noise = torch.stack([torch.randn(self.latents.shape[1:], generator=g) for g in generators])
+            for part in torch.arange(len(t)).split(64):
+                life = [generators[i] for i in part.tolist()]
+                losses = diffusion.training_losses(
+                    lambda x, t, part=part, life=life: model(x, t, self.labels[part], None, life)[0],
+                    self.latents[part], t[part], noise[part])
+                errors.append(losses["mse"])
+            steps.append(t)
+        errors, bins = torch.cat(errors), torch.cat(steps) * BINS // 1000
+        return errors.mean().item(), [errors[bins == i].mean().item() for i in range(BINS)]
+
+
+def samplings(arm):
+    """The ways an arm is sampled: the automaton with and without inheriting its state, two seeds each."""
+    ways = ("published", "none") if arm.model.startswith("GeCA") else ("published",)
+    return [SamplingOptions(steps=25, sampler="ddim", heredity=way, seed=seed, batch_size=74)
+            for way in ways for seed in (0, 1)]
+
+
+def measure(study, arm, seed):
+    """A line of points.jsonl for every way of sampling, after training."""
+    file = checkpoint_of(arm, seed, study.options)
+    checkpoint = checkpoints.load(file)
+    model = checkpoints.build(checkpoint)
+    error, bins = study.held_out_error(model)
+    logged = [json.loads(line) for line in (file.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in logged if "loss" in row]
+    speed = [row["steps_per_second"] for row in logged if "steps_per_second" in row]
+    for sampling in samplings(arm):
+        yield {"arm": arm.name, "model": arm.model, "steps": arm.steps, "flags": list(arm.flags), "seed": seed,
+               "heredity": sampling.heredity, "sampling_seed": sampling.seed, "kid": study.score(model, sampling),
+               "loss": float(np.mean(losses[-2:])), "error": error, "error_by_t": bins,
+               "seconds_per_step": float(1 / np.median(speed))}
+
+
+def main():
+    args = parser().parse_args()
+    images = len(read_split(args.data, f"train_{args.fold}"))
+    options = Options(args.data, args.output, args.fold, images)
+    arms = [arm for arm in ARMS if not args.only or any(word in f"{arm.name} {arm.steps}" for word in args.only)]
+    if not arms:
+        raise UserError(f"--only {' '.join(args.only)}: fits no arm; there are {', '.join(a.name for a in ARMS)}")
+    commands = [(arm, seed, training_command(arm, seed, options)) for arm in arms for seed in range(arm.seeds)]
+    if args.dry_run:
+        print("\n".join(shlex.join(map(str, ["python", *command])) for _, _, command in commands))
+        return
+    make_folder(args.output, "--output")
+    call(["extract_features.py", "--data-path", args.data, "--features-path", args.output / "latents", "--fold",
+          args.fold, "--image-size", SIZE, "--vae", "retina"])
+    file, study = args.output / "points.jsonl", Study(options)
+    for arm, seed, command in commands:
+        rows = read_rows(file)
+        if any((row["arm"], row["steps"], row["seed"]) == (arm.name, arm.steps, seed) for row in rows):
+            continue
+        started = time.time()
+        call(command)
+        more = list(measure(study, arm, seed))
+        append_rows(file, more)
+        for row in more:
+            print(f"{arm.name}, {arm.steps} steps, seed {seed}, {row['heredity']}: KID {row['kid']:.0f}e-3, held-out "
+                  f"error {row['error']:.4f} ({(time.time() - started) / 60:.1f} minutes)", flush=True)
+
+
+def call(command):
+    """Run a script of the project. Raises UserError where it fails."""
+    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+        raise UserError(f"{command[0]}: failed, see above; the same command goes on from here")
+
+
+def read_rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def append_rows(file, more):
+    """Add lines; several studies may share a file, so what others wrote meanwhile is read again."""
+    text = "".join(json.dumps(row) + "\n" for row in [*read_rows(file), *more])
+    write_atomically(file, lambda temporary: temporary.write_text(text))
+
+
+def parser():
+    p = Parser(__doc__)
+    p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="for runs and points.jsonl")
+    p.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, score against val_{fold}")
+    p.add_argument("--only", nargs="+", metavar="WORD", help="arms whose name and number of steps contain one of these")
+    p.add_argument("--dry-run", action="store_true", help="print the commands and exit")
+    return p
+
+
+if __name__ == "__main__":
+    run(main)
