@@ -5,16 +5,15 @@
     python scripts/study_learning.py --data data/oct --output runs/learning --only GeCA-XS
 
 Every arm trains from random weights on the same images, diffusion steps and noise, and is then sampled with the labels
-of all validation images. OUTPUT/points.jsonl gets a line per arm, training seed and way of sampling: KID of the samples
-against the validation images, the squared error of ε on validation images in five bins of the diffusion step, seconds
-per training step. The same command goes on where it stopped; what is in points.jsonl already is not measured again.
+of all validation images. OUTPUT/points.jsonl gets a line per arm, training seed, way of sampling and sampling seed: KID
+of the samples against the validation images, the squared error of ε on validation images in five bins of the diffusion
+step, seconds per training step. The same command goes on where it stopped; what is in points.jsonl already is not measured again.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from core.cli import Parser, integer, run  # noqa: E402
 from core.errors import UserError  # noqa: E402
-from core.files import make_folder, write_atomically  # noqa: E402
+from core.files import make_folder  # noqa: E402
 from core.random import generator  # noqa: E402
 from dataset.images import load_images  # noqa: E402
 from dataset.root import read_split  # noqa: E402
@@ -38,7 +37,6 @@ from generation.sampling import SamplingOptions, sample_images  # noqa: E402
 from metrics.kid import polynomial_mmd  # noqa: E402
 
 BATCH, SIZE = 32, 64
-DECAY = ("--lr-schedule", "linear", "--warmup", "50", "--clip-norm", "1")
 DRAWS = 3  # of noise and diffusion step, per validation image, for the held-out error
 BINS = 5
 
@@ -54,15 +52,30 @@ class Arm:
     seeds: int = 1
 
 
-def rate(lr):
-    return ("--lr", str(lr), *DECAY)
+def rate(lr, schedule="linear"):
+    """A learning rate with warm-up, decay to 0 and clipping."""
+    return ("--lr", lr, "--lr-schedule", schedule, "--warmup", "50", "--clip-norm", "1")
 
 
 MODELS = ("GeCA-XS", "DiT-S", "LDM-B")
+RATES = ("3e-4", "1e-3", "2e-3", "4e-3")
+BEST = {"GeCA-XS": "2e-3", "DiT-S": "1e-3", "LDM-B": "1e-3"}  # of the first part, by the held-out error
 ARMS = [
+    # 1: learning rate and schedule, the same grid for every model
     *(Arm(f"{model} 3e-4 constant", model, ("--lr", "3e-4")) for model in MODELS),
-    *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in ("1e-3", "2e-3", "4e-3") for model in MODELS),
+    *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in RATES for model in MODELS),
+    *(Arm(f"{model} {lr} cosine", model, rate(lr, "cosine")) for model, lr in BEST.items()),
+    # 2: what else may help, at each model's best rate
+    *(Arm(f"{model} {lr} min-snr", model, (*rate(lr), "--min-snr", "5")) for model, lr in BEST.items()),
+    *(Arm(f"GeCA-XS 2e-3 heredity {p}", "GeCA-XS", (*rate("2e-3"), "--train-heredity", p)) for p in ("0.5", "0.9")),
+    Arm("GeCA-XS 2e-3 betas 0.99", "GeCA-XS", (*rate("2e-3"), "--adam-betas", "0.9", "0.99")),
+    # 3: three times as long
+    *(Arm(f"{model} {lr} linear", model, rate(lr), steps=2160, seeds=2) for model, lr in BEST.items()),
+    Arm("GeCA-XS 2e-3 heredity 0.5", "GeCA-XS", (*rate("2e-3"), "--train-heredity", "0.5"), steps=2160, seeds=2),
 ]
+WAYS = {"published": {}, "none": {"heredity": "none"}, "below 550": {"heredity": "below:550"},
+        "published, shared fire": {"shared_fire": True}, "none, shared fire": {"heredity": "none", "shared_fire": True}}
+SAMPLING_SEEDS = (0, 1)
 
 
 def training_command(arm, seed, options):
@@ -134,25 +147,23 @@ class Study:
         return errors.mean().item(), [errors[bins == i].mean().item() for i in range(BINS)]
 
 
-def samplings(arm):
-    """The ways an arm is sampled: the automaton with and without inheriting its state, two seeds each."""
-    ways = ("published", "none") if arm.model.startswith("GeCA") else ("published",)
-    return [SamplingOptions(steps=25, sampler="ddim", heredity=way, seed=seed, batch_size=74)
-            for way in ways for seed in (0, 1)]
+def ways_of(arm):
+    """The ways an arm is sampled: only the automaton has a choice."""
+    return WAYS if arm.model.startswith("GeCA") else {"published": {}}
 
 
-def measure(study, arm, seed):
-    """A line of points.jsonl for every way of sampling, after training."""
+def measure(study, arm, seed, missing):
+    """Lines of points.jsonl for the `missing` (way, sampling seed) of a trained arm."""
     file = checkpoint_of(arm, seed, study.options)
-    checkpoint = checkpoints.load(file)
-    model = checkpoints.build(checkpoint)
+    model = checkpoints.build(checkpoints.load(file))
     error, bins = study.held_out_error(model)
     logged = [json.loads(line) for line in (file.parents[1] / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in logged if "loss" in row]
     speed = [row["steps_per_second"] for row in logged if "steps_per_second" in row]
-    for sampling in samplings(arm):
+    for way, sampling_seed in missing:
+        sampling = SamplingOptions(steps=25, sampler="ddim", seed=sampling_seed, batch_size=74, **ways_of(arm)[way])
         yield {"arm": arm.name, "model": arm.model, "steps": arm.steps, "flags": list(arm.flags), "seed": seed,
-               "heredity": sampling.heredity, "sampling_seed": sampling.seed, "kid": study.score(model, sampling),
+               "way": way, "sampling_seed": sampling_seed, "kid": study.score(model, sampling),
                "loss": float(np.mean(losses[-2:])), "error": error, "error_by_t": bins,
                "seconds_per_step": float(1 / np.median(speed))}
 
@@ -173,16 +184,16 @@ def main():
           args.fold, "--image-size", SIZE, "--vae", "retina"])
     file, study = args.output / "points.jsonl", Study(options)
     for arm, seed, command in commands:
-        rows = read_rows(file)
-        if any((row["arm"], row["steps"], row["seed"]) == (arm.name, arm.steps, seed) for row in rows):
+        known = {(row["way"], row["sampling_seed"]) for row in read_rows(file)
+                 if (row["arm"], row["steps"], row["seed"]) == (arm.name, arm.steps, seed)}
+        missing = [(way, s) for way in ways_of(arm) for s in SAMPLING_SEEDS if (way, s) not in known]
+        if not missing:
             continue
-        started = time.time()
         call(command)
-        more = list(measure(study, arm, seed))
-        append_rows(file, more)
-        for row in more:
-            print(f"{arm.name}, {arm.steps} steps, seed {seed}, {row['heredity']}: KID {row['kid']:.0f}e-3, held-out "
-                  f"error {row['error']:.4f} ({(time.time() - started) / 60:.1f} minutes)", flush=True)
+        for row in measure(study, arm, seed, missing):
+            append_row(file, row)
+            print(f"{arm.name}, {arm.steps} steps, seed {seed}, {row['way']}: KID {row['kid']:.0f}e-3, held-out error "
+                  f"{row['error']:.4f}", flush=True)
 
 
 def call(command):
@@ -195,10 +206,10 @@ def read_rows(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def append_rows(file, more):
-    """Add lines; several studies may share a file, so what others wrote meanwhile is read again."""
-    text = "".join(json.dumps(row) + "\n" for row in [*read_rows(file), *more])
-    write_atomically(file, lambda temporary: temporary.write_text(text))
+def append_row(file, row):
+    """Add a line; several studies may write to one file."""
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def parser():
