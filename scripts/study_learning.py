@@ -5,9 +5,10 @@
     python scripts/study_learning.py --data data/oct --output runs/learning --only GeCA-XS
 
 Every arm trains from random weights on the same images, diffusion steps and noise, and is then sampled with the labels
-of all validation images. OUTPUT/points.jsonl gets a line per arm, training seed, way of sampling and sampling seed: KID
-of the samples against the validation images, the squared error of ε on validation images in five bins of the diffusion
-step, seconds per training step. The same command goes on where it stopped; what is in points.jsonl already is not measured again.
+of all validation images. OUTPUT/points.jsonl gets a line per arm, training seed, way of sampling and sampling seed:
+KID of the samples against the validation images, the squared error of ε on validation images in five bins of the
+diffusion step, seconds per training step. The same command goes on where it stopped; what is in points.jsonl already
+is not measured again.
 """
 
 import json

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_script, ctrl_c_at, run_script, succeeded
+from conftest import ROOT, call_script, ctrl_c_at, run_script, succeeded
 from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import Trap
@@ -22,6 +22,7 @@ from dataset import latents
 from dataset.images import load_images
 from dataset.root import read_split
 from dataset.vae import VaeCodec
+from generation import checkpoint as checkpoints
 from generation import sampling
 from models import MODELS
 from train_vae import build
@@ -624,3 +625,32 @@ def test_scripts_for_one_process_refuse_to_be_several(monkeypatch, tmp_path, scr
     monkeypatch.setenv("RANK", "1")
     refused(call_script(script, *(tmp_path / f if f == "OUT" else f for f in flags)), "[rank 1]", script, "`python`")
     assert not list(tmp_path.iterdir())
+
+
+def test_as_released_from_end_to_end(store, tiny_vae, tmp_path):
+    """One frozen draw per image, raw weights validated without labels or guidance, the whole state inherited."""
+    succeeded(train(store, tiny_vae, tmp_path, "--as-released", "--epochs", 2, "--validate-every", 1))
+    run = tmp_path / RUN
+    assert "raw weights" in (run / "log.txt").read_text()
+    last = checkpoint(run)
+    flags = last["args"]
+    assert flags["frozen_latents"] and not flags["ema_warmup"] and flags["heredity"] == "whole"
+    assert flags["cfg_scale"] == 1 and flags["validation_labels"] == "null" and len(last["validated"]) == 2
+    for scale in (1, 1.5):
+        out = succeeded(sample("sample_ddp_val.py", run, tmp_path / "s", "--as-released", "--cfg-scale", scale,
+                               "--data-path", store / "data", "--weights", "model"))
+        assert "heredity whole" in out
+        (folder,) = (tmp_path / "s").glob(f"*-cfg-{float(scale)}-seed-0")  # the published name
+        assert json.loads((folder / "settings.json").read_text())["heredity"] == "whole"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "assets").glob("geca-*/*.pt")), ids=lambda file: file.stem)
+def test_bundled_weights_load_and_sample(file):
+    loaded = checkpoints.load(file)
+    model = checkpoints.build(loaded, loaded.default_kind)
+    options = sampling.SamplingOptions(steps=2)
+    labels = torch.eye(loaded.model_args["num_classes"])[:1]
+    cells = loaded.model_args["input_size"]
+    latents = sampling.sample_latents(model, labels, [0], cells, options, "cpu")
+    assert latents.shape == (1, model.in_channels, cells, cells) and latents.isfinite().all()
+    assert loaded.label_names and loaded.codec.startswith("retina:")
