@@ -293,7 +293,8 @@ def main():
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
     settings |= {"codec": codec.identity, "training_images": fingerprint(training_split),
                  "validation_images": fingerprint(validation_split)}  # other data or VAE: another run
-    folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
+    folder, exists, note = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}",
+                                               settings, parser().defaults())
     training = Training(args, accelerator, cache, label_names, codec)
     make_folder(args.results_dir, "--results-dir")  # if it cannot be, better now than later
     last = folder / "checkpoints" / "last_ckpt.pt"
@@ -306,6 +307,8 @@ def main():
              f"{len(cache)} images, {training.steps_per_epoch} steps of {training.batch} per epoch, "
              f"{accelerator.num_processes} process(es) on {accelerator.device}, mixed precision "
              f"{accelerator.mixed_precision}")
+    if note:
+        log.text(note)
     if exists:
         log.text(f"continuing from step {training.step}" if training.step else "no checkpoint yet: starting again")
     if not cache.manifest:
