@@ -133,11 +133,13 @@ def main():
     folds = [read_fold(args, number) for number in folds_of(args.data_path, args.fold)]
     args.method = args.method or default_method(folds[0].synthetic, args.augment)
     settings = settings_of(args, folds[0])
-    args.output = find_output(args, settings, folds)
+    args.output, note = find_output(args, settings, folds, parser().defaults())
     done = reports.finished(args.output)
     if args.baseline:
         reports.check_comparable(args.baseline, settings, {*done, *(fold.number for fold in folds)})
     process = start()
+    if note and process.is_main_process:
+        print(note)
     left = [fold for fold in folds if fold.number not in done]
     if left:
         check_start(args, left, process)

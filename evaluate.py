@@ -28,7 +28,7 @@ from core.cli import Parser, integer, run
 from core.errors import UserError
 from core.files import make_writable, write_atomically, write_text
 from dataset.images import check_images
-from dataset.sets import PICTURE, check_size, open_generated, open_real
+from dataset.samples import PICTURE, check_size, open_generated, open_real
 from evaluation import report as reports
 from evaluation.evaluation import Evaluation, Networks
 from evaluation.features import NAMES, PUBLISHED

@@ -21,7 +21,6 @@ from dataset import latents
 from dataset.images import check_images, load_images
 from dataset.root import read_split
 from dataset.vae import cells_per_side, open_codec
-from models import MODELS
 
 
 def main():
@@ -35,15 +34,15 @@ def main():
     cells_per_side(args.image_size, codec)
     target = latents.folder(args.features_path, args.fold)
     manifest = latents.manifest_of(split, codec, args.image_size)
-    found = latents.read_manifest(target)
-    if found is not None and not latents.differences(found, manifest):
+    stored = latents.read_manifest(target)
+    if stored is not None and not latents.differences(stored, manifest):
         return say(process, f"{target}: complete already, {len(split)} images")
     if target.exists():
-        wrong = f"its {latents.differences(found, manifest)[0]} differs" if found else "it has no manifest.json"
+        wrong = f"its {latents.differences(stored, manifest)[0]} differs" if stored else "it has no manifest.json"
         raise UserError(f"{target}: holds other features ({wrong}); remove it or give another path")
 
     ids = range(*share(len(split), process.process_index, process.num_processes))
-    check_images([split.image_paths[i] for i in ids], args.num_workers)
+    check_images(split.paths[ids.start:ids.stop], args.num_workers)
     temporary = target.with_name(f".{target.name}.tmp")
     if process.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
@@ -59,7 +58,7 @@ def main():
 
 
 def share(n, rank, processes):
-    """First and last + 1 of the numbers 0 … n − 1 that a process works on: contiguous, disjoint, complete."""
+    """First and last + 1 of the indices 0 … n − 1 that a process works on: contiguous, disjoint, complete."""
     return n * rank // processes, n * (rank + 1) // processes
 
 
@@ -70,8 +69,9 @@ def encode(args, split, codec, ids, folder, process):
     batch = args.global_batch_size // process.num_processes
     means, stds = [], []
     for start in tqdm(range(0, len(ids), batch), "encoding", unit="batch", disable=not process.is_main_process):
-        paths = [split.image_paths[i] for i in ids[start:start + batch]]
-        images = torch.as_tensor(load_images(paths, args.image_size, args.num_workers))
+        part = ids[start:start + batch]
+        images = load_images(split.paths[part.start:part.stop], args.image_size, args.num_workers)
+        images = torch.as_tensor(images)
         moments = [codec.moments(variant) for variant in (images, images.flip(2))]  # (N, H, W, 3): flip W
         means.append(torch.stack([mean for mean, _ in moments], 1).cpu())
         stds.append(torch.stack([std for _, std in moments], 1).cpu())
@@ -94,7 +94,7 @@ def parser():
     p.add_argument("--image-space", action="store_true", help="no VAE: store pixels")
     p.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
     p.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
-    p.add_argument("--model", choices=MODELS, metavar="NAME", help="accepted and ignored: latents serve every model")
+    p.add_argument("--model", metavar="NAME", help="accepted as published and ignored: latents serve every model")
     p.add_argument("--num-workers", type=integer(1), default=4, help="threads per process that read images")
     p.add_argument("--global-seed", type=integer(0), default=0,
                    help="accepted as published; the moments need no draw")

@@ -5,20 +5,20 @@
     python fetch_assets.py --check weights
 
 Copy the folder, then give any command `--assets weights`: it will look only there and use no network. Names for
---only: those of the list that --check prints, and timm:MODEL. The same command continues a broken-off download.
+--only: those of the list that --check prints, and timm:MODEL. The same command continues an interrupted download.
 The folder has the layouts of the libraries' caches (core/assets.py), and checksums.json: SHA-256, size, source
 and revision of every file. --check compares every file with it and says what each command would miss; exit code 1
 if something is missing or damaged.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from core import assets
 from core.cli import Parser, run
 from core.errors import UserError
-from core.files import file_hash, make_folder, write_text
+from core.files import file_hash, make_folder, read_json, write_json
+from core.text import aligned
 
 CHECKSUMS = "checksums.json"
 
@@ -49,7 +49,7 @@ def fetch(folder, names=None):
             remove(folder / path)
         weights = assets.download(asset, folder / assets.HUB, folder / assets.CHECKPOINTS)
         known[asset.name] = describe(folder, asset, weights)
-        write_text(folder / CHECKSUMS, json.dumps(known, indent=1) + "\n")
+        write_json(folder / CHECKSUMS, known)
     total = sum(file["bytes"] for asset in chosen for file in known[asset.name]["files"].values())
     print(f"{folder}: {' '.join(asset.name for asset in chosen)} complete, {total / 1e6:.0f} MB; where you copy it to, "
           "check it with --check")
@@ -73,8 +73,8 @@ def describe(folder, asset, weights):
         paths = [snapshot / name for name in asset.files] + [snapshot.parents[1] / "refs" / "main"]
     files = {path.relative_to(folder).as_posix(): {"sha256": file_hash(path), "bytes": path.stat().st_size}
              for path in paths}
-    for path, found in zip(paths, files.values(), strict=True):
-        if not found["sha256"].startswith(published_hash(asset, path)):
+    for path, entry in zip(paths, files.values(), strict=True):
+        if not entry["sha256"].startswith(published_hash(asset, path)):
             raise UserError(f"{path}: damaged, its SHA-256 does not start with {published_hash(asset, path)}; remove "
                             "it and run this again")
     return {"source": asset.source, "revision": revision, "licence": asset.licence, "files": files}
@@ -102,10 +102,7 @@ def check(folder, names=None):
         rows.append((asset.name, state, size_of(asset), asset.source))
         if wrong:
             missed.append(asset)
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]))
-    print()
+    print(aligned(rows, left=4), end="\n\n")
     for asset in missed:
         print(f"without {asset.name}, what does not work: {asset.needed_by}")
     print(f"get it: python fetch_assets.py --to {folder} --only {' '.join(asset.name for asset in missed)}" if missed
@@ -120,26 +117,23 @@ def problems(folder, entry):
     """
     if entry is None:
         return {"": "missing"}
-    found = {}
+    wrong = {}
     for path, wanted in entry["files"].items():
         file = folder / path
         if not file.is_file():
-            found[path] = "missing"
+            wrong[path] = "missing"
         elif file.stat().st_size != wanted["bytes"] or file_hash(file) != wanted["sha256"]:
-            found[path] = "damaged"
-    return found
+            wrong[path] = "damaged"
+    return wrong
 
 
 def read_checksums(folder):
     """Name of an asset -> its entry (`describe`); empty where there is no checksums.json yet. Raises UserError."""
-    file = folder / CHECKSUMS
-    try:
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        if not (isinstance(found, dict) and all(isinstance(e, dict) and "files" in e for e in found.values())):
-            raise ValueError("not what fetch_assets.py writes")
-        return found
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); remove it and run fetch_assets.py --to {folder} again") from None
+    file, advice = folder / CHECKSUMS, f"remove it and run fetch_assets.py --to {folder} again"
+    known = read_json(file, advice) if file.is_file() else {}
+    if not all(isinstance(entry, dict) and "files" in entry for entry in known.values()):
+        raise UserError(f"{file}: damaged (not what fetch_assets.py writes); {advice}")
+    return known
 
 
 def size_of(asset):

@@ -10,7 +10,6 @@ All or nothing: ROOT appears when it is complete.
 """
 
 import hashlib
-import os
 import shutil
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
@@ -22,9 +21,11 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import built_whole
+from core.text import aligned
 from dataset.images import load_image
 from dataset.root import write_split
 from dataset.splits import TEST, split_by_patient
@@ -61,8 +62,7 @@ SOURCES = {
 
 def main():
     args = parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("prepare_data.py works in one process: start it with `python`")
+    runtime.alone("prepare_data.py")
     with built_whole(args.output) as root:
         label_names, count, records = SOURCES[args.source].open(args)
         records = tqdm(records, args.source, count, unit="image", disable=None)
@@ -119,8 +119,7 @@ def table(labels, patients, label_names, splits):
     rows.append(["no label", *(int((labels[chosen].sum(axis=1) == 0).sum()) for chosen in splits.values())])
     rows.append(["images", *(int(chosen.sum()) for chosen in splits.values())])
     rows.append(["patients", *(len(set(patients[chosen])) for chosen in splits.values())])
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return aligned(rows, left=0)
 
 
 def parser():

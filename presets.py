@@ -36,6 +36,20 @@ PRESETS = {
          "expand": {"expand_ratio": 5}, "classify": PAPER_CLASSIFIER})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
+# Ours: what a CPU or a small GPU can train. Learning rates from one grid for all models (docs/LEARNING.md).
+MEASURED = "measured: docs/LEARNING.md"
+SMALL_SPACE = {"image_size": 64, "vae": "retina"}  # 8 × 8 cells
+SMALL_RATES = {"GeCA-XS": 2e-3, "DiT-S": 1e-3, "LDM-B": 1e-3}
+SMALL_SAMPLING = {"sampler": "ddim", "num_sampling_steps": 25, "cfg_scale": 1.5}
+SMALL_TRAINING = {**SMALL_SPACE, **SMALL_SAMPLING, "epochs": 120, "global_batch_size": 32, "lr_schedule": "linear",
+                  "warmup": 50, "clip_norm": 1, "ema_decay": 0.999}
+
+PRESETS |= {
+    f"small-{model.lower()}": Preset(
+        f"{model} at 64 px with the bundled autoencoder", MEASURED,
+        {"extract": SMALL_SPACE, "train": {"model": model, "lr": lr, **SMALL_TRAINING}, "sample": SMALL_SAMPLING})
+    for model, lr in SMALL_RATES.items()}
+
 
 @dataclass(frozen=True)
 class Section:

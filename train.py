@@ -1,6 +1,6 @@
 r"""Train a denoiser on the latent cache of one fold.
 
-    python train.py --preset small --model GeCA-XS --data-path data/oct --feature-path store/oct --fold 0
+    python train.py --preset small-geca-xs --data-path data/oct --feature-path store/oct --fold 0
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 train.py --model GeCA-S ...
 
 Writes RESULTS/{index:03d}-{model}-{fold}/: log.txt, metrics.jsonl, TensorBoard events, samples/ (a grid per
@@ -40,7 +40,8 @@ from presets import presets_of
 from sample_ddp import add_heredity_flags
 
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
-                "results_dir", "as_released", "checkpoint_steps", "preset", "dry_run")  # a continued run may differ
+                "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
+RETIRED = ("unguided_state",)  # settings that older runs have and that no longer exist
 AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 SAVE_MINUTES = 5  # last_ckpt.pt is written at least so often
 RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
@@ -60,10 +61,12 @@ def main():
     label_names = list(training_split.label_names)
     args.num_classes, args.in_channels = len(label_names), codec.channels
     settings = settings_of(args, codec, training_split, validation_split)
-    folder, exists = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}", settings)
-    remarks, weights = [], None
+    folder, exists, note = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}",
+                                               settings, parser().defaults(), RETIRED)
+    remarks, weights = [note] if note else [], None
     if args.load_from:
-        weights, remarks = start_from(args, cache, label_names, codec)
+        weights, more = start_from(args, cache, label_names, codec)
+        remarks += more
     training = Training(args.model, cache, label_names, training_options(args), accelerator, weights)
     make_folder(args.results_dir, "--results-dir")  # if it cannot be, better now than later
     features = open_features(args.features, accelerator.device)

@@ -7,7 +7,6 @@ is scored (PSNR, SSIM) on the images of `test.csv`. The same command continues a
 The loss is L1 + 0.1·(1 − SSIM) + kl-weight·KL (Zhao et al. 2017 on mixing L1 and SSIM; Kingma & Welling 2014).
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import write_atomically
+from core.files import write_json, write_torch
 from core.random import generator
 from dataset.images import center_crop, load_image, load_images
 from dataset.root import read_split
@@ -51,7 +50,7 @@ def training_paths(root):
 
 
 def random_crop(image, size, scales, draw):
-    """uint8 (H, W, 3) -> uint8 (size, size, 3): a random place at a random scale, mirrored half of the time."""
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): a random place at a random scale, mirrored with probability 1/2."""
     side = min(image.shape[:2])
     scale = scales[draw.integers(len(scales))]
     window = min(side, max(size, round(size * side / scale)))
@@ -108,7 +107,7 @@ def train(args, vae, ema, images, device):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             state = {"model": vae.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
                      "step": step + 1, "widths": list(args.widths)}
-            write_atomically(state_file, lambda path, state=state: torch.save(state, path))
+            write_torch(state_file, state)
 
 
 @torch.no_grad()
@@ -123,7 +122,7 @@ def score(folder, roots, sizes, device):
     """PSNR (dB) and SSIM of reconstructions from the posterior mean, on each root's test images at each size."""
     codec, results, picture = VaeCodec(str(folder), device), [], []
     for root in roots:
-        paths = read_split(root, "test").image_paths
+        paths = read_split(root, "test").paths
         for size in sizes:
             psnr, similarity = [], []
             for start in range(0, len(paths), 8):
@@ -140,15 +139,15 @@ def score(folder, roots, sizes, device):
             print("{root:>10}  {size:>3} px  {images:>4} test images  PSNR {psnr:.2f} dB  SSIM {ssim:.4f}".format(
                 **results[-1]))
     Image.fromarray(np.concatenate(picture)).save(folder / "reconstructions.png")
-    (folder / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "scores.json", results)
 
 
 def check_shapes(args):
     """Refuse sizes that the net cannot halve three times, or widths that its norms cannot group."""
     for flag, values, unit in (("--crop", [args.crop], 8), ("--sizes", args.sizes, 8), ("--widths", args.widths, 4)):
-        odd = [value for value in values if value % unit]
-        if odd:
-            raise UserError(f"{flag} {odd[0]}: expected a multiple of {unit}")
+        for value in values:
+            if value % unit:
+                raise UserError(f"{flag} {value}: expected a multiple of {unit}")
 
 
 def main():
@@ -190,7 +189,7 @@ def parser():
     p.add_argument("--sizes", type=integer(16), nargs="+", default=(256, 128, 64), metavar="PIXELS",
                    help="image sizes at which the result is scored")
     p.add_argument("--save-every", type=integer(1), default=250, help="steps between saved states")
-    p.add_argument("--global-seed", type=integer(0), default=0, help="seed of the start weights and all draws")
+    p.add_argument("--global-seed", type=integer(0), default=0, help="seed of the initial weights and all draws")
     return p
 
 

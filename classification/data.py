@@ -7,7 +7,6 @@ import numpy as np
 
 from classification.synthetic import choose, columns, leaks, open_synthetic
 from core.errors import UserError
-from dataset.eyes import eye_ids
 from dataset.root import fingerprint, read_split
 
 
@@ -19,7 +18,7 @@ class Images:
     labels: np.ndarray  # (n, K) float32
     filenames: tuple
     patients: tuple
-    eyes: list | None
+    eyes: tuple | None
 
     def __len__(self):
         return len(self.paths)
@@ -105,7 +104,7 @@ def chosen_labels(asked, real):
 
 
 def images_of(split, order):
-    return Images(split.image_paths, split.labels[:, order], split.filenames, split.patients, eye_ids(split))
+    return Images(split.image_paths, split.labels[:, order], split.filenames, split.patients, split.eyes)
 
 
 def joined(images, split, labels, chosen):

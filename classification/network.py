@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core.assets import first_line, open_timm, timm_config
-from core.errors import UserError
+from core.assets import open_timm, timm_config, weights_hash
+from core.errors import UserError, first_line
 from core.files import write_torch
 from dataset.images import center_crop
-from dataset.vae import weights_hash
 
 KIND, FORMAT = "classifier", 1
 INSTEAD = ", or name a file of weights (--pretrained-file FILE), or start from random weights (--no-pretrained)"

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from classification.report import fold_folder, read_json
-from core import runs
+from classification.report import fold_folder
+from core import claims, runs
 from core.errors import UserError
 from core.files import file_hash, write_text
 
@@ -31,16 +31,19 @@ def settings_of_fold(settings, fold):
                        "validation_images": fold.hashes["val"], "synthetic": [s.identity for s in fold.synthetic]}
 
 
-def find_output(args, settings, folds):
-    """The folder that --output names or, without it, the next free one or that of the same run. Raises UserError."""
-    folder = args.output
+def find_output(args, settings, folds, defaults):
+    """The folder that --output names or, without it, the next free one or that of the same run -> (folder, note).
+
+    `defaults` are those of the flags, `note` is that of `core.runs.find_or_number`. Raises UserError.
+    """
+    folder, note = args.output, None
     if folder is None:
         name = re.sub(r"[^\w.+-]+", "-", args.method)
-        folder, _ = runs.find_or_number(DEFAULT, name, settings)
-    check(folder, settings)
+        folder, _, note = runs.find_or_number(DEFAULT, name, settings, defaults)
+    check(folder, settings, defaults)
     for fold in folds:
-        check(fold_folder(folder, fold.number), settings_of_fold(settings, fold))
-    return Path(folder)
+        check(fold_folder(folder, fold.number), settings_of_fold(settings, fold), defaults)
+    return Path(folder), note
 
 
 def claim(folder, settings):
@@ -48,15 +51,12 @@ def claim(folder, settings):
     write_text(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
 
 
-def check(folder, settings):
-    """Refuse a folder that holds other results than these settings give. Raises UserError."""
+def check(folder, settings, defaults=None):
+    """Refuse a folder that holds other results than these settings give (`core.claims`). Raises UserError."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
-    if not (folder / "settings.json").is_file():
-        return
-    before, wanted = read_json(folder / "settings.json"), json.loads(json.dumps(settings))
-    odd = next((key for key in wanted if before.get(key) != wanted[key]), None)
-    if odd:
-        found, new = (str(s.get(odd))[:60] for s in (before, wanted))
-        raise UserError(f"--output {folder}: was made with other settings ({odd} {found}, now {new}); remove it or "
-                        "give another --output")
+    stored = claims.read_settings(folder, "remove it or give another --output")
+    if stored is not None and (different := claims.differences(stored, settings, defaults)):
+        name, (old, new) = next(iter(different.items()))
+        raise UserError(f"--output {folder}: was made with other settings ({name} {str(old)[:60]}, now "
+                        f"{str(new)[:60]}); remove it or give another --output")

@@ -15,8 +15,9 @@ import torch
 from core.errors import UserError
 from core.files import file_hash
 from core.random import generator
-from dataset.root import Split, file_sizes, fingerprint, read_split
-from dataset.sets import about_samples
+from dataset.root import file_sizes, fingerprint, read_split
+from dataset.samples import about_samples
+from dataset.sets import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Synthetic:
     """One sample folder for one fold. `about` is what the sampler wrote of itself; {} where nothing is known."""
 
     folder: Path
-    split: Split
+    split: LabelledImages
     about: dict
 
     @property

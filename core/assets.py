@@ -1,4 +1,4 @@
-"""Weights that others have published: what there is, where it lies, how it is found without a network.
+"""Published weights: which there are, where they lie, how they are found without a network; a hash of any weights.
 
 A folder of `fetch_assets.py` has the libraries' own layouts: huggingface/hub is a Hugging Face cache, and
 torch/hub/checkpoints is torch hub's. `use(folder)` (the flag `--assets` of every command) makes all libraries look
@@ -6,6 +6,7 @@ only there. Otherwise their usual caches are used, and what is missing is fetche
 The heads of LPIPS (7 kB) need no file of their own: the package `lpips` brings them along.
 """
 
+import hashlib
 import os
 import re
 import urllib.error
@@ -17,7 +18,7 @@ import huggingface_hub as hub
 import torch
 from huggingface_hub import constants
 
-from core.errors import UserError
+from core.errors import UserError, first_line
 
 HUB, CHECKPOINTS = Path("huggingface", "hub"), Path("torch", "hub", "checkpoints")  # inside a folder of assets
 WEIGHTS = "model.safetensors"  # as timm calls them in its repositories
@@ -79,11 +80,11 @@ def use(folder):
     if not folder.is_dir():
         raise UserError(f"--assets {folder}: no such folder; make it on a machine with a network: "
                         f"python fetch_assets.py --to {folder.name}")
-    found = {"HF_HOME": str(folder / HUB.parent), "HF_HUB_CACHE": str(folder / HUB), "HF_HUB_OFFLINE": "1",
-             "TORCH_HOME": str(folder / CHECKPOINTS.parts[0])}
-    os.environ.update(found)  # for libraries that are imported later, and for worker processes
+    home, cache, torch_home = (str(folder / place) for place in (HUB.parent, HUB, CHECKPOINTS.parts[0]))
+    # For libraries that are imported later, and for worker processes.
+    os.environ.update(HF_HOME=home, HF_HUB_CACHE=cache, HF_HUB_OFFLINE="1", TORCH_HOME=torch_home)
     # huggingface_hub has read its environment already, when it was imported.
-    constants.HF_HOME, constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = found["HF_HOME"], found["HF_HUB_CACHE"], True
+    constants.HF_HOME, constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = home, cache, True
     constants.HUGGINGFACE_HUB_CACHE = constants.HF_HUB_CACHE  # its older name, which diffusers has used
 
 
@@ -114,29 +115,29 @@ def timm_config(model):
     import timm  # here, see open_timm
 
     try:
-        known = timm.is_model(model) and timm.get_pretrained_cfg(model)
+        config = timm.is_model(model) and timm.get_pretrained_cfg(model)
     except (RuntimeError, ValueError):  # the model exists, but not with these weights
-        known = None
-    if not known:
+        config = None
+    if not config:
         like = ", ".join(timm.list_models(f"{model.partition('.')[0]}*", pretrained=True)[:5])
         raise UserError(f"timm:{model}: timm {timm.__version__} has no such model"
                         f"{f'; it has {like}' if like else ''}")
-    return known
+    return config
 
 
 def open_timm(model, file=None, flag="--features", instead="", **options):
     """A timm model with its published weights, in eval mode on the CPU, classifier and all.
 
     `file`: weights to take instead of the published ones; `options` are timm.create_model's. Raises UserError,
-    also where the file lacks some of the weights: with another classifier asked for here, timm would keep random
-    numbers in their place; `reset_classifier` comes after.
+    also where the file lacks some of the weights. For another number of classes call `reset_classifier` afterwards:
+    asked for here, timm would leave random weights in the classifier.
     """
     timm_config(model)  # there is such a model
     file = existing(file, flag) if file else weights_file(timm_asset(model), flag, instead)
     import timm  # here, so that those who do without it do not wait for it
 
     try:
-        with torch.random.fork_rng(devices=[]):  # the start values that the weights replace are drawn from there
+        with torch.random.fork_rng(devices=[]):  # the initialisation, which the weights replace, draws from there
             net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options)
     except Exception as error:  # whatever a pickle, safetensors or the model's own loader finds wrong
         raise UserError(f"{flag}: {file} does not hold the weights of timm's {model} ({first_line(error)}); "
@@ -170,13 +171,13 @@ def weights_file(asset, flag, instead=""):
 
 
 def cached(asset):
-    """The path of the weights of an asset if it is in the cache, with its other files; else None."""
+    """The path of the weights of an asset if all its files are in the cache; else None."""
     if not asset.files:
         file = checkpoints() / Path(asset.source).name
         return file if file.is_file() else None
-    found = [hub.try_to_load_from_cache(asset.source, name, cache_dir=constants.HF_HUB_CACHE)
+    paths = [hub.try_to_load_from_cache(asset.source, name, cache_dir=constants.HF_HUB_CACHE)
              for name in asset.files]
-    return Path(found[-1]) if all(isinstance(path, str) for path in found) else None
+    return Path(paths[-1]) if all(isinstance(path, str) for path in paths) else None
 
 
 def checkpoints():
@@ -185,7 +186,7 @@ def checkpoints():
 
 
 def reachable(url):
-    """May the network be used, and does this address answer? One quick question."""
+    """Whether the network may be used and this address answers: one request, of at most 10 seconds."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -200,7 +201,7 @@ def reachable(url):
 def download(asset, hub_cache, checkpoint_folder):
     """Fetch the files of an asset that are not there yet; each appears when it is whole -> path of the weights.
 
-    A broken-off download from Hugging Face goes on where it stopped, one of torch hub's starts again.
+    An interrupted download from Hugging Face goes on where it stopped; one from another server starts again.
     """
     try:
         if asset.files:
@@ -215,6 +216,10 @@ def download(asset, hub_cache, checkpoint_folder):
         raise UserError(f"{asset.source}: cannot be fetched ({first_line(error)}); try again") from None
 
 
-def first_line(error):
-    """What an exception says, in one line of at most 150 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+def weights_hash(module):
+    """16 hex digits that change whenever a weight of a network, or its name, does."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

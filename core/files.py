@@ -1,15 +1,19 @@
-"""Files that are whole or not there: a job killed half-way leaves nothing that looks finished."""
+"""Files that are whole or not there: a job killed half-way leaves nothing that looks finished.
+
+What is read may be damaged all the same; that is reported in one line.
+"""
 
 import csv
 import hashlib
+import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from core.errors import UserError
+from core.errors import UserError, first_line
 
 
 def write_atomically(path, write):
@@ -26,6 +30,11 @@ def write_atomically(path, write):
 def write_text(path, text):
     """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, content):
+    """Write a dict or list as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_torch(path, content):
@@ -46,6 +55,43 @@ def write_csv(path, header, rows):
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
     write_atomically(path, write)
+
+
+def read_json(path, advice):
+    """The object (dict) that a JSON file holds. Raises UserError where it cannot be read; `advice` ends the message."""
+    with _refused(path, advice):
+        return _object(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path, advice):
+    """The objects of a file that holds one on each line. Raises UserError as `read_json` does.
+
+    A last line that is torn, because its writer was killed, is left out.
+    """
+    with _refused(path, advice):
+        *lines, last = Path(path).read_text(encoding="utf-8").split("\n")  # a whole file ends with a line break
+        objects = [_object(line) for line in lines]
+        with suppress(ValueError):
+            objects.append(_object(last))
+        return objects
+
+
+def _object(text):
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"found {text.strip()[:40]}, expected an object in braces")
+    return content
+
+
+@contextmanager
+def _refused(path, advice):
+    """Whatever is wrong with a file that is read within it becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:  # not UTF-8, not JSON
+        raise UserError(f"{path}: damaged ({first_line(error)}); {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from None
 
 
 def make_folder(path, flag):

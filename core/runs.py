@@ -5,34 +5,36 @@ import sys
 import time
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
-from core.errors import UserError
-from core.files import write_text
+from core import claims
+from core.files import read_jsonl, write_text
 from core.runtime import versions
 
 
-def find_or_number(results_dir, name, settings):
-    """The folder of the run with these settings, or the next free one: (folder, whether it exists).
+def find_or_number(results_dir, name, settings, defaults=None, retired=()):
+    """The folder of the run with these settings, or the next free one: (folder, whether it exists, note).
 
-    Folders are {results_dir}/{index:03d}-{name}. The newest run with the same settings is continued, so the same
-    command resumes; the number of a new run is one more than the highest, so a deleted run frees no number.
+    Folders are {results_dir}/{index:03d}-{name}. The newest run with the same settings (`core.claims.differences`;
+    `defaults` are those of the flags, `core.cli.Parser.defaults`, `retired` names that no longer exist) is continued,
+    so that the same command resumes; the number of a new run is one more than the highest, so a deleted run frees no
+    number. `note`: where a new run starts although others have its name, one line that says in which settings the most
+    similar one differs; else None.
     """
     runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]*-*")
                   if path.is_dir() and path.name.partition("-")[0].isdecimal())
+    similar = []  # the runs of this name, the newest first: (folder, what differs)
     for path in reversed(runs):
-        if path.name.partition("-")[2] == name and _settings(path) == settings:
-            return path, True
+        stored = claims.read_settings(path, "remove the run folder") if path.name.partition("-")[2] == name else None
+        if stored is not None:
+            similar.append((path, claims.differences(stored, settings, defaults, retired)))
+            if not similar[-1][1]:
+                return path, True, None
     index = max((int(path.name.partition("-")[0]) for path in runs), default=-1) + 1
-    return Path(results_dir) / f"{index:03d}-{name}", False
-
-
-def _settings(path):
-    file = path / "settings.json"
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: damaged ({error}); remove the run folder") from None
+    folder = Path(results_dir) / f"{index:03d}-{name}"
+    if not similar:
+        return folder, False, None
+    nearest, different = min(similar, key=lambda run: len(run[1]))
+    return folder, False, (f"run {nearest.name} would be continued but for {claims.described(different)}; "
+                           f"starting {folder.name}")
 
 
 class RunLog:
@@ -43,8 +45,10 @@ class RunLog:
         self.folder, self.active = Path(folder), active
         if not active:
             return
+        from torch.utils.tensorboard import SummaryWriter  # here, so that only who logs waits for it
+
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+        claims.write_settings(self.folder, settings)
         self.board = SummaryWriter(self.folder, purge_step=step + 1)
         self._forget_after(step)
         self.text("command: " + " ".join(sys.argv))
@@ -53,8 +57,8 @@ class RunLog:
     def _forget_after(self, step):
         file = self.folder / "metrics.jsonl"
         if file.is_file():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_text(file, "".join(f"{line}\n" for line in kept))
+            records = read_jsonl(file, "remove it; the run goes on without its earlier metrics")
+            write_text(file, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
 
     def text(self, line):
         """One line to the screen and log.txt."""

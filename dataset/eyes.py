@@ -5,6 +5,7 @@ belongs to one patient and a patient has at most two; else nothing is known abou
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 PATTERNS = {  # source -> what a file name looks like, without folder and suffix; the group names the eye
@@ -14,23 +15,25 @@ PATTERNS = {  # source -> what a file name looks like, without folder and suffix
 }
 
 
-def eye_ids(split):
-    """Names of the eyes of a split's n images, each unique in the data set; None where nothing says which they are."""
-    if split.eyes is not None:
-        return [f"{patient} {eye}" for patient, eye in zip(split.patients, split.eyes, strict=True)]
-    stems = [Path(name).stem for name in split.filenames]
+def eye_names(filenames, patients, column=None):
+    """The eyes of n images, each name unique in the data set; None where nothing says which they are.
+
+    patients: n names, the file name where the patient is unknown; column: n names of eyes, each unique within its
+    patient, or None.
+    """
+    if column is not None:
+        return tuple(f"{patient} {eye}" for patient, eye in zip(patients, column, strict=True))
     for pattern in PATTERNS.values():
-        found = [re.fullmatch(pattern, stem, re.IGNORECASE) for stem in stems]
-        if all(found):
-            names = [match[1].upper() for match in found]
-            return names if _plausible(names, split) else None
+        matches = [re.fullmatch(pattern, Path(name).stem, re.IGNORECASE) for name in filenames]
+        if all(matches):
+            names = tuple(match[1].upper() for match in matches)
+            return names if _plausible(names, filenames, patients) else None
     return None
 
 
-def _plausible(names, split):
+def _plausible(names, filenames, patients):
     """An eye has one patient, a patient at most two eyes. Where patients are unknown, nothing speaks for the names."""
-    if split.patients == split.filenames:
+    if patients == filenames:
         return False
-    pairs = set(zip(names, split.patients, strict=True))
-    patients = [patient for _, patient in pairs]
-    return len(pairs) == len(set(names)) and all(patients.count(patient) <= 2 for patient in set(patients))
+    pairs = set(zip(names, patients, strict=True))
+    return len(pairs) == len(set(names)) and max(Counter(patient for _, patient in pairs).values()) <= 2

@@ -6,7 +6,6 @@ a new draw and mirror each time (the published extraction freezes one of each fo
 layout, one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
-from core.files import write_atomically, write_text
+from core.files import read_json, write_atomically, write_json
 from dataset.root import file_sizes, fingerprint
 from dataset.vae import same_weights
 
@@ -49,16 +48,16 @@ def manifest_of(split, codec, image_size):
     """What a cache of these images through this codec must say of itself."""
     return {
         "format": FORMAT, "vae": codec.identity, "image_size": image_size, "label_names": list(split.label_names),
-        "csv": split.path.name, "csv_sha256": fingerprint(split), "image_bytes": file_sizes(split),
+        "csv": split.csv.name, "csv_sha256": fingerprint(split), "image_bytes": file_sizes(split),
         "filenames": list(split.filenames),
     }
 
 
-def differences(found, expected):
+def differences(manifest, expected):
     """Names of the manifest entries that differ, most telling first."""
-    foreign = [] if same_weights(found.get("vae"), expected["vae"]) else ["vae"]
+    foreign = [] if same_weights(manifest.get("vae"), expected["vae"]) else ["vae"]
     return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames", "image_bytes")
-                      if found.get(key) != expected[key]]
+                      if manifest.get(key) != expected[key]]
 
 
 def folder(features_path, fold):
@@ -69,7 +68,7 @@ def folder(features_path, fold):
 def read_manifest(path):
     """The manifest of a cache folder, or None if it has none."""
     file = Path(path) / "manifest.json"
-    return _whole(file, lambda file: json.loads(file.read_text())) if file.is_file() else None
+    return read_json(file, f"remove {path} and extract again") if file.is_file() else None
 
 
 def write_shard(path, rank, first, mean, std, labels):
@@ -82,15 +81,16 @@ def write_shard(path, rank, first, mean, std, labels):
 
 def write_manifest(path, manifest):
     """Written last: a folder without it is not a cache."""
-    write_text(Path(path) / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_json(Path(path) / "manifest.json", manifest)
 
 
 def load(features_path, fold):
     """Read the cache of a fold, ours or the published layout. Raises UserError."""
     path = folder(features_path, fold)
     if not path.is_dir():
-        found = ", ".join(sorted(p.name for p in Path(features_path).glob("features_*"))) or "no features at all"
-        raise UserError(f"--fold {fold}: {path} does not exist (found: {found}); run extract_features.py --fold {fold}")
+        others = ", ".join(sorted(p.name for p in Path(features_path).glob("features_*"))) or "no features at all"
+        raise UserError(f"--fold {fold}: {path} does not exist (found: {others}); run extract_features.py --fold "
+                        f"{fold}")
     manifest = read_manifest(path)
     if manifest is None:
         return _load_published(path, Path(features_path) / f"labels_{fold}")
@@ -130,7 +130,7 @@ CHANGED = {"csv_sha256": "{csv} has changed", "filenames": "{csv} has changed", 
 
 
 def same_rows(a, b):
-    """Do two label tables hold the same rows, in whatever order? The published layout keeps no names."""
+    """Whether two label tables (n, K) hold the same rows in any order; the published layout keeps no names."""
     return sorted(map(tuple, torch.as_tensor(a).tolist())) == sorted(map(tuple, torch.as_tensor(b).tolist()))
 
 
@@ -151,6 +151,6 @@ def check(cache, expected, labels, codec, cells):
         raise UserError(f"{cache.path}: {CHANGED[wrong[0]].format(**expected)} since extraction; remove it and extract "
                         "again")
     if wrong:
-        found, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))
-        raise UserError(f"{cache.path}: {wrong[0]} is {found}, expected {wanted}; give the flags it was made with "
+        own, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))
+        raise UserError(f"{cache.path}: {wrong[0]} is {own}, expected {wanted}; give the flags it was made with "
                         "or remove it and extract again")

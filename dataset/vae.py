@@ -4,23 +4,20 @@ A codec has `channels` and `factor` (pixels per cell side), `identity` (a name a
 a cache can tell where its latents come from), `moments(images)` and `decode(latents)`.
 """
 
-import hashlib
 import warnings
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from core.assets import ASSETS, first_line, weights_file
-from core.errors import UserError
+from core.assets import ASSETS, weights_file, weights_hash
+from core.errors import UserError, first_line
 
 NAMED = {  # --vae NAME -> where it comes from
     "ema": ASSETS["vae-ema"].source,
     "mse": ASSETS["vae-mse"].source,
     "retina": str(Path(__file__).resolve().parent.parent / "assets" / "vae-retina"),
 }
-
-
 DECODED = 16  # images that are decoded together
 
 
@@ -88,7 +85,7 @@ def cells_per_side(image_size, codec):
 
 
 def same_weights(identity, other):
-    """Do two codec identities `name:hash` mean the same weights? A folder may have been renamed."""
+    """Whether two codec identities `name:hash` mean the same weights; a folder may have been renamed."""
     return str(identity).rpartition(":")[2] == str(other).rpartition(":")[2]
 
 
@@ -105,12 +102,3 @@ def _load(name):
             return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({first_line(error)})") from None
-
-
-def weights_hash(module):
-    """16 hex digits that change whenever a weight or a name does."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

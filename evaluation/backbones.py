@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from core.assets import ASSETS, existing, first_line, open_timm, weights_file
-from core.errors import UserError
-from dataset.vae import weights_hash
+from core.assets import ASSETS, existing, open_timm, weights_file, weights_hash
+from core.errors import UserError, first_line
 
 INSTEAD = ", or use --features retina, which is bundled"
 

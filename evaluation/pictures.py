@@ -13,7 +13,7 @@ SHOWN = 8  # images of each set
 def picture(real, generated, label_names, image_size, seed):
     """Real images on top, generated ones below, under each what it shows; columns share it where possible.
 
-    `real` is an ImageSet, `generated` a list of them. Which images: chosen at random, but each label combination once
+    `real`: LabelledImages, `generated`: a list of them. Which images: chosen at random, but each label combination once
     before any comes twice.
     """
     def order(n, *purpose):

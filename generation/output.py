@@ -5,7 +5,6 @@ from: for tables, and for classify.py, which must not learn from what it is test
 that were asked for and is written first; CSV_NAME.csv lists the images and is written last.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +12,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from core import claims
+from core.assets import weights_hash
 from core.errors import UserError
-from core.files import write_atomically, write_csv, write_text
-from dataset.vae import weights_hash
+from core.files import write_atomically, write_csv
 from generation.guidance import default_heredity
 from generation.sampling import sample_images
+
+OLDER = {"heredity": "published", "shared_fire": False}  # of folders that were made before these were settings
+RETIRED = ("unguided_state",)  # settings that older folders have and that no longer exist
 
 
 def folder_name(checkpoint, stem, fold, options):
@@ -54,16 +57,17 @@ def claim(folder, settings, label_file, labels, process):
 
     Labels may become more or fewer (--expand-ratio), but image k keeps those it was made with.
     """
-    file = folder / "settings.json"
     try:
-        stored = json.loads(file.read_text()) if file.is_file() else None
         before = np.load(label_file) if label_file.is_file() else labels[:0]
-    except (ValueError, EOFError, OSError) as error:  # of json or numpy
-        raise UserError(f"{folder}: settings.json or {label_file.name} is damaged ({error}); remove it all") from None
-    for key, value in settings.items():
-        if stored is not None and key != "about" and stored.get(key, OLDER.get(key)) != value:
-            raise UserError(f"{folder}: its images were made with other settings ({key} {stored.get(key)}, now "
-                            f"{value}); remove it or give another --sample-dir")
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{label_file}: damaged ({error}); remove {folder}") from None
+    stored = claims.read_settings(folder)
+    if stored is not None:
+        different = claims.differences(*({k: v for k, v in s.items() if k != "about"} for s in (stored, settings)),
+                                       OLDER, RETIRED)
+        if different:
+            raise UserError(f"{folder}: its images were made with other settings ({claims.described(different)}); "
+                            "remove it or give another --sample-dir")
     both = min(len(before), len(labels))
     if not np.array_equal(before[:both], labels[:both]):
         raise UserError(f"{folder}: its images were made with other labels ({label_file.name}) than those asked for "
@@ -71,11 +75,8 @@ def claim(folder, settings, label_file, labels, process):
     process.wait_for_everyone()  # every process has looked before one writes
     if process.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1) + "\n")
+        claims.write_settings(folder, settings)
         write_atomically(label_file, lambda path: np.save(open(path, "wb"), labels))  # noqa: SIM115
-
-
-OLDER = {"heredity": "published", "shared_fire": False}  # of folders that were made before these were settings
 
 
 def write_missing(model, codec, labels, cells, images, process, options):

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.assets import ASSETS, existing, first_line, weights_file
-from core.errors import UserError
+from core.assets import ASSETS, existing, weights_file, weights_hash
+from core.errors import UserError, first_line
 from core.random import generator
 from dataset.images import load_images
-from dataset.vae import to_model_range, weights_hash
+from dataset.vae import to_model_range
 
 FLAG, INSTEAD = "--lpips alex", ", or leave LPIPS out: --lpips none"
 SMALLEST = 31  # pixels; of fewer nothing reaches AlexNet's last layers

@@ -76,6 +76,7 @@ ARMS = [
 ]
 WAYS = {"published": {}, "none": {"heredity": "none"}, "below 550": {"heredity": "below:550"},
         "published, shared fire": {"shared_fire": True}, "none, shared fire": {"heredity": "none", "shared_fire": True}}
+ALL_WAYS = ("GeCA-XS 3e-4 constant", "GeCA-XS 2e-3 linear", "GeCA-XS 2e-3 heredity 0.5")
 SAMPLING_SEEDS = (0, 1)
 
 
@@ -149,8 +150,9 @@ class Study:
 
 
 def ways_of(arm):
-    """The ways an arm is sampled: only the automaton has a choice."""
-    return WAYS if arm.model.startswith("GeCA") else {"published": {}}
+    """The ways an arm is sampled: only the automaton has a choice, and all are tried on a few arms."""
+    names = list(WAYS) if arm.name in ALL_WAYS else ["published", "none"]
+    return {name: WAYS[name] for name in names} if arm.model.startswith("GeCA") else {"published": {}}
 
 
 def measure(study, arm, seed, missing):

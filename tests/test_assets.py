@@ -17,14 +17,15 @@ import pytest
 import timm
 import torch
 from conftest import call_script
+from helpers import message_of
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import fetch_assets
 from core import assets
+from core.assets import weights_hash
 from core.cli import Parser
-from core.errors import UserError
-from dataset.vae import open_codec, weights_hash
+from dataset.vae import open_codec
 
 TINY = "test_resnet.r160_in1k"  # timm's own model for tests, 0.5 M parameters
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -46,13 +47,6 @@ def own_caches(monkeypatch, tmp_path):
 
 def no_network(*arguments, **options):
     raise OSError("a test asked the network")
-
-
-def message_of(call):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def in_hub(folder, repository, write):

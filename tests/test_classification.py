@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from dataset.eyes import eye_ids
-from dataset.root import Split, read_split
+from dataset.eyes import eye_names
+from dataset.root import read_split
 from metrics.classification import SCORES, all_scores, choose_thresholds, eyes, label_scores
 
 GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())["classification"]
@@ -115,41 +115,37 @@ def test_an_eye_has_the_maximum_of_its_images():
         eyes(scores, labels, ["a", "b"])
 
 
-def split(names, patients=None, column=None):
-    return Split(None, tuple(names), None, (), tuple(patients or names), column)
-
-
 @pytest.mark.parametrize("names, patients, expected", [
     (["images/p0001_OD_1.png", "images/p0001_OD_2.png", "images/p0001_OS_1.png"], "ppp",
-     ["P0001_OD", "P0001_OD", "P0001_OS"]),
-    (["a/1221_OD_o_2.jpg", "a/1221_OI_o_1.jpg", "a/0146_od_f_1.jpg"], "ppq", ["1221_OD", "1221_OI", "0146_OD"]),
-    (["x/10-L-3-oct.jpg", "x/10-L-4-oct.jpg", "x/10-R-1.jpg"], "ppp", ["10-L", "10-L", "10-R"]),
+     ("P0001_OD", "P0001_OD", "P0001_OS")),
+    (["a/1221_OD_o_2.jpg", "a/1221_OI_o_1.jpg", "a/0146_od_f_1.jpg"], "ppq", ("1221_OD", "1221_OI", "0146_OD")),
+    (["x/10-L-3-oct.jpg", "x/10-L-4-oct.jpg", "x/10-R-1.jpg"], "ppp", ("10-L", "10-L", "10-R")),
     (["p0001_OD_1.png", "10-L-3.png"], "pq", None),  # two patterns
     (["scan1.png", "scan2.png"], "pq", None),
     (["scan-2020-001.png", "scan-2020-002.png"], None, None),  # a date is no eye: nothing says who the patients are
     (["1221_OD_o_2.jpg", "12_21_OI_o_1.jpg"], "pq", None)])
 def test_eyes_from_names(names, patients, expected):
-    assert eye_ids(split(names, patients)) == expected
+    assert eye_names(names, patients or names) == expected
 
 
 def test_names_that_contradict_the_patients_say_nothing():
     names = ["img-1-a.png", "img-2-a.png", "img-3-a.png"]
-    assert eye_ids(split(names, "ppp")) is None  # three eyes
-    assert eye_ids(split(["a-1-x.png", "a-1-y.png"], "pq")) is None  # one eye of two patients
-    assert eye_ids(split(names[:2], "pp")) == ["IMG-1", "IMG-2"]
+    assert eye_names(names, "ppp") is None  # three eyes
+    assert eye_names(["a-1-x.png", "a-1-y.png"], "pq") is None  # one eye of two patients
+    assert eye_names(names[:2], "pp") == ("IMG-1", "IMG-2")
 
 
 def test_the_column_comes_first():
     names = ["p0001_OD_1.png", "p0001_OD_2.png"]
-    assert eye_ids(split(names, ["p", "q"], ("left", "left"))) == ["p left", "q left"]
+    assert eye_names(names, ["p", "q"], ("left", "left")) == ("p left", "q left")
 
 
 def test_a_column_says_which_eye(tmp_path):
     (tmp_path / "a.png").touch()
     rows = "filename,AMD,eye,patient_name\na.png,1,OS,p7\n"
     (tmp_path / "test.csv").write_text(rows)
-    found = read_split(tmp_path, "test")
-    assert found.label_names == ("AMD",) and eye_ids(found) == ["p7 OS"]
+    images = read_split(tmp_path, "test")
+    assert images.label_names == ("AMD",) and images.eyes == ("p7 OS",)
     (tmp_path / "test.csv").write_text(rows.replace("OS", ""))
     with pytest.raises(UserError, match="row 1: `eye` is empty"):
         read_split(tmp_path, "test")

@@ -1,12 +1,16 @@
-"""dataset/root.py: reading a data root and its images."""
+"""dataset/root.py, images.py, sets.py: reading a data root and its images; sets of images."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from core.errors import UserError
 from dataset.images import center_crop, check_images, load_image, load_images
-from dataset.root import read_split, write_split
+from dataset.root import NOT_LABELS, read_split, write_split
+from dataset.sets import LabelledImages
 
 
 def grey(rows):
@@ -117,11 +121,13 @@ def test_split_round_trip(root):
     split = read_split(root, "train_0", num_classes=2)
     assert len(split) == 3
     assert split.filenames == ("images/0.png", "images/1.png", "images/2.png")
-    assert split.image_paths == [root / "images" / f"{i}.png" for i in range(3)]
+    assert split.paths == tuple(root / "images" / f"{i}.png" for i in range(3))
     assert split.label_names == ("DME", "0")
     assert split.patients == ("b", "a", "b")
     assert np.array_equal(split.labels, labels)
     assert split.labels.dtype == np.float32
+    assert (split.csv, split.folder, split.name, split.eyes) == (root / "train_0.csv", root, "train_0", None)
+    assert (split.path, split.image_paths) == (split.csv, list(split.paths))
     text = (root / "train_0.csv").read_text()
     assert text.startswith(",filename,DME,0,patient_name\n0,images/0.png,1,0,b\n1,")
 
@@ -139,6 +145,12 @@ def test_every_other_column_is_a_label(root, header):
     assert split.label_names == ("A", "B")
     assert split.labels.tolist() == [[1.0, 0.0]]
     assert split.patients == (("p1",) if "patient_name" in columns else ("images/1.png",))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
+def test_the_pages_name_every_column_that_is_no_label(page):
+    text = (ROOT / page).read_text()
+    assert not [name for name in NOT_LABELS if f"`{name}`" not in text]
 
 
 def test_num_classes_must_agree(root):
@@ -168,9 +180,9 @@ def test_missing_images_are_counted(root):
     (",filename,A\n0,images/0.png,1\n1,images/1.png,2\n", "row 2: label A is '2', expected 0 or 1"),
     (",filename,A\n0,images/0.png,\n", "row 1: label A is '', expected 0 or 1"),
     (",filename,A,B\n0,images/0.png,1\n", "row 1: expected 4 cells"),
-        (",filename,A\n0,images/0.png,1,1\n", "row 1: expected 3 cells"),
-        (",filename,A\n0,images/0.png,1\n1,images/0.png,1\n", "names images/0.png more than once"),
-        (",filename,patient_name\n0,images/0.png,a\n", "no label column"),
+    (",filename,A\n0,images/0.png,1,1\n", "row 1: expected 3 cells"),
+    (",filename,A\n0,images/0.png,1\n1,images/0.png,1\n", "names images/0.png more than once"),
+    (",filename,patient_name\n0,images/0.png,a\n", "no label column"),
     (",filename,A\n0,images/0.png,nan\n", "label A is 'nan'"),
     (b",filename,A\n0,images/\xe9.png,1\n", "names 1 missing file"),  # Latin-1, not UTF-8
 ])
@@ -178,3 +190,39 @@ def test_bad_tables(root, text, message):
     write(root, text)
     with pytest.raises(UserError, match=message):
         read_split(root, "test")
+
+
+# ---- sets
+
+def five(**more):
+    return LabelledImages(tuple(Path(f"{i}.png") for i in range(5)), **more)
+
+
+def test_a_part_keeps_everything_in_order():
+    images = five(labels=np.eye(5, dtype=np.float32), label_names=tuple("ABCDE"), filenames=tuple("fghij"),
+                  patients=tuple("ppqqr"), eyes=tuple("lrlrl"), name="all", about={"seed": 3})
+    part = images.take([3, 1], "two")
+    assert len(part) == 2 and (part.name, part.about, part.label_names) == ("two", {"seed": 3}, tuple("ABCDE"))
+    assert part.paths == (Path("3.png"), Path("1.png")) and part.labels.argmax(1).tolist() == [3, 1]
+    assert (part.filenames, part.patients, part.eyes) == (("i", "g"), ("q", "p"), ("r", "r"))
+    assert images.take([0]).name == "all" and len(images.take([])) == 0
+    unknown = five().take([4])
+    assert (unknown.labels, unknown.filenames, unknown.patients, unknown.eyes) == (None,) * 4
+
+
+def test_a_random_part_is_a_function_of_the_seed_and_the_rest_is_the_rest():
+    one, other = five(eyes=tuple("abcde")).split_at_random(2, 0, "purpose")
+    assert len(one) == 2 and sorted(one.eyes + other.eyes) == list("abcde")
+    assert list(one.eyes) == sorted(one.eyes) and list(other.eyes) == sorted(other.eyes)
+    parts = {five(eyes=tuple("abcde")).split_at_random(2, seed, "purpose")[0].eyes for seed in range(20)}
+    assert len(parts) > 3 and five(eyes=tuple("abcde")).split_at_random(2, 0, "purpose")[0].eyes == one.eyes
+
+
+def test_the_digest_is_of_contents_in_order(root):
+    paths = [root / "images" / f"{i}.png" for i in range(3)]
+    digest = LabelledImages(tuple(paths)).digest
+    assert digest != LabelledImages(tuple(paths[::-1])).digest
+    paths[1].rename(root / "other.png")
+    assert digest == LabelledImages((paths[0], root / "other.png", paths[2])).digest
+    (root / "other.png").write_bytes(paths[0].read_bytes())
+    assert digest != LabelledImages((paths[0], root / "other.png", paths[2])).digest

@@ -82,17 +82,17 @@ def test_a_foreign_or_stale_cache_is_refused(store, split, change, named):
     ("4,images/4.png,1,0,images/4.png\n", "", r"5 latents with 2 labels, but train_0.csv has 4 images"),
 ])
 def test_a_table_that_was_changed_makes_the_cache_stale(store, split, old, new, message):
-    text = split.path.read_text()
-    split.path.write_text(text.replace(old, new))
-    assert split.path.read_text() != text
-    changed = latents.manifest_of(read_split(split.path.parent, "train_0"), Codec, 24)
+    text = split.csv.read_text()
+    split.csv.write_text(text.replace(old, new))
+    assert split.csv.read_text() != text
+    changed = latents.manifest_of(read_split(split.folder, "train_0"), Codec, 24)
     with pytest.raises(UserError, match=message):
         latents.check(latents.load(store[0], 0), changed, split.labels, Codec, 3)
 
 
 def test_an_exchanged_image_is_noticed(store, split):
     """By its size; the published layout keeps no manifest, and its labels must be those of the table."""
-    split.image_paths[2].write_bytes(b"another image")
+    split.paths[2].write_bytes(b"another image")
     with pytest.raises(UserError, match="images have changed"):
         latents.check(latents.load(store[0], 0), latents.manifest_of(split, Codec, 24), split.labels, Codec, 3)
     published = dataclasses.replace(latents.load(store[0], 0), manifest={})

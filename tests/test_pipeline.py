@@ -345,7 +345,7 @@ def test_half_precision_samples_nearly_the_same_images(trained, tmp_path):
     exact, half = (pictures(tmp_path / name / NAME / "gen_samples_val") for name in ("fp32", "bf16"))
     differences = np.concatenate([abs(exact[k] - half[k]).ravel() for k in exact])
     assert 0 < differences.mean() < 1 and exact.keys() == half.keys()
-    refused(sample("sample_ddp_val.py", trained, tmp_path / "fp32", "--precision", "bf16"), "precision fp32, now bf16")
+    refused(sample("sample_ddp_val.py", trained, tmp_path / "fp32", "--precision", "bf16"), "precision fp32 (now bf16)")
     if not torch.cuda.is_available():
         refused(sample("sample_ddp_val.py", trained, tmp_path / "no", "--precision", "fp16"), "needs a GPU")
 
@@ -408,7 +408,7 @@ def test_samplers_are_chosen_by_name_and_do_not_share_a_folder(trained, tmp_path
     for more, end in ((("--sampler", "ddim", "--eta", 0.5), "-ddim-eta-0.5"), (("--cfg-interval", 100, 900), "")):
         succeeded(sample("sample_ddp_val.py", trained, tmp_path, *more))
         assert (tmp_path / f"{NAME}{end}").is_dir()
-    refused(sample("sample_ddp_val.py", trained, tmp_path), "cfg_interval [100, 900], now None")
+    refused(sample("sample_ddp_val.py", trained, tmp_path), "cfg_interval [100, 900] (now None)")
     refused(sample("sample_ddp_val.py", trained, tmp_path, "--eta", 1), "--eta 1.0: belongs to --sampler ddim")
     refused(sample("sample_ddp_val.py", trained, tmp_path, "--cfg-interval", 9, 3), "LOW not above HIGH")
     refused(sample("sample_ddp_val.py", trained, tmp_path, "--cfg-interval", 3, 9, "--cfg-scale", 1), "--cfg-scale")

@@ -322,7 +322,7 @@ def test_phantom_end_to_end(tmp_path):
     test = read_split(root, "test")
     assert test.label_names == LABELS
     assert len(list((root / "images").iterdir())) == 12
-    for path, patient in zip(test.image_paths, test.patients, strict=True):
+    for path, patient in zip(test.paths, test.patients, strict=True):
         assert path.suffix == ".png"
         assert path.name.startswith(f"{patient}_")
         image = load_image(path)

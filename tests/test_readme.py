@@ -34,13 +34,13 @@ PUBLISHED = [  # the published README, verbatim
 ]
 
 # Further published flags. Where ours differ: `--num-classes` and `--in-channels` are read from the data, the VAE or
-# the checkpoint if they are not given; `--gg-extractor` parses and then says that there is no GG yet.
+# the checkpoint if they are not given.
 SAMPLER = ("--ckpt C --data-path D", "--num-classes 11 --global-seed 3 --tf32 --image_space --in_channels 4",
            {"cfg_scale": 1.5, "num_sampling_steps": 250, "per_proc_batch_size": 32, "global_seed": 0,
             "precision": "fp32"})
 FURTHER = [
     ("extract_features", "--data-path D --features-path F",
-     "--image-size 512 --num-classes 11 --global-seed 3 --vae mse --num-workers 2",
+     "--model GeCA-S --image-size 512 --num-classes 11 --global-seed 3 --vae mse --num-workers 2",
      {"image_size": 256, "global_seed": 0, "vae": "ema", "num_workers": 4}),
     ("train", "--data-path D --feature-path F",
      "--image-size 512 --val_samples 8 --log-every 5 --ckpt-every 5 --load_from C --in_channels 4 --grad_norm "

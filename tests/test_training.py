@@ -13,7 +13,7 @@ from conftest import generators
 import train
 from core.errors import UserError
 from dataset.latents import LatentCache
-from dataset.root import Split
+from dataset.sets import LabelledImages
 from generation import validation as validation_module
 from generation.checkpoint import Checkpoint
 from generation.guidance import GuidedDenoiser, default_heredity, next_state, parse_heredity
@@ -267,8 +267,7 @@ def validate(monkeypatch, *flags):
     monkeypatch.setattr(validation_module, "load_images", lambda paths, size, workers: paths)
     monkeypatch.setattr(validation_module.Validation, "write_grid", lambda self, images, path: None)
     features = iter([real, *generated])
-    split = Split(Path("val_0.csv"), tuple("abcdefghijkl"), np.eye(3)[np.arange(12) % 3], tuple("ABC"),
-                  tuple("abcdefghijkl"))
+    split = LabelledImages(tuple("abcdefghijkl"), np.eye(3)[np.arange(12) % 3], tuple("ABC"))
     validation = validation_module.Validation(split, lambda images: next(features), None, 4, 2,
                                               train.validation_options(args), Accelerator(cpu=True))
     before = []

@@ -441,7 +441,7 @@ def _smooth(image):
 
 
 def _speckle(strength, rng):
-    """Log-normal speckle of mean 1 and deviation `strength` (SIDE, SIDE), correlated over two pixels."""
+    """Log-normal speckle of mean 1 and standard deviation `strength` (SIDE, SIDE), correlated over two pixels."""
     grain = _smooth(rng.standard_normal((SIDE, SIDE), np.float32))
     grain = grain / grain.std() + 0.3 * _noise(SIDE, SIDE // 3, rng)  # a little wider than high
     return np.exp(strength * grain - 0.5 * strength**2)
