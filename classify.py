@@ -9,6 +9,8 @@ generated images together, as in the paper: with five times as many images there
 a gain comes from the images or from the updates, only `--steps-per-epoch N`, the same N for all rows, can tell; that
 also gives all rows the same schedule. The network is chosen by the mAP of the validation images; the images of test.csv
 are opened once for each fold, at the end.
+Several processes train as one does: batch norm uses the whole batch. That needs GPUs; on a CPU, train a backbone with
+batch norm in one process.
 Writes OUTPUT/results.json (see classification/report.py), predictions_{fold}.npz and, for each fold,
 fold-{fold}/: log.txt, metrics.jsonl, TensorBoard events, checkpoints/best_ckpt.pt and last_ckpt.pt. The same command
 continues a stopped run; folds that are finished stay, and further folds add to them.
@@ -156,16 +158,21 @@ def main():
 
 
 def check_start(args, folds, process):
-    """What else could go wrong only after the start: precision, batch, weights, image size. Raises UserError."""
+    """Raise UserError for what would else fail after the start: precision, batch size, weights, processes."""
     precision = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision).mixed_precision
-    if precision == "fp16" and process.device.type == "cpu":
+    on_cpu, processes = process.device.type == "cpu", process.num_processes
+    if precision == "fp16" and on_cpu:
         raise UserError("--mixed-precision fp16 needs a GPU (there is no loss scaling on a CPU); give bf16 or no")
     smallest = min(min(args.global_batch_size, len(fold.training)) for fold in folds)
-    if smallest < process.num_processes:
+    if smallest < processes:
         raise UserError(f"--global-batch-size {args.global_batch_size}: {smallest} images per step, expected at least "
-                        f"one for each of the {process.num_processes} processes")
+                        f"one for each of the {processes} processes")
     net = classifiers.build(args.backbone, len(folds[0].label_names), args.image_size, args.global_seed,
                             args.pretrained, args.pretrained_file)
+    if on_cpu and processes > 1 and classifiers.has_batch_norm(net):
+        raise UserError(f"--backbone {args.backbone}: has batch norm, found {processes} processes on a CPU, expected "
+                        "one (only GPUs compute batch norm over several processes); start one process, use GPUs, or "
+                        "give a backbone without batch norm")
     classifiers.check(net, smallest, f"--backbone {args.backbone}")
 
 

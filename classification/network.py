@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.assets import first_line, open_timm, timm_config
 from core.errors import UserError
@@ -83,6 +84,20 @@ def check(network, batch, flag):
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"{flag}: cannot be trained on {batch} image(s) of {size} pixels ({first_line(error)}); change "
                         "--image-size, --global-batch-size or the backbone") from None
+
+
+def has_batch_norm(network):
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def synchronise_batch_norm(network):
+    """Let every batch norm use the images of all processes, so that several train as one does. GPUs only.
+
+    By timm's function, since torch's loses the activation that timm's batch norms contain.
+    """
+    from timm.layers import convert_sync_batchnorm  # here, as everywhere: it takes seconds
+
+    return convert_sync_batchnorm(network)
 
 
 def save(path, network, backbone, label_names, **about):

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from classification import network as classifiers
 from classification.batches import Batches, ImageStore, ahead
-from classification.batchnorm import synchronise
 from core.errors import UserError
 from core.random import generator
 from metrics.classification import all_scores
@@ -32,7 +31,7 @@ class Training:
         net = classifiers.build(args.backbone, len(fold.label_names), args.image_size, args.global_seed,
                                 args.pretrained, args.pretrained_file)
         if accelerator.num_processes > 1:
-            net = synchronise(net, accelerator.device)
+            net = classifiers.synchronise_batch_norm(net)
         kind = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
         momentum = {"momentum": MOMENTUM} if args.optimizer == "sgd" else {}
         optimiser = kind(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, **momentum)
