@@ -38,6 +38,7 @@ from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import make_folder
 from core.runtime import Interruption, start, stop
+from metrics.significance import PERMUTATIONS
 
 AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 
@@ -153,7 +154,9 @@ def main():
         stop()
         sys.exit(130)
     if process.is_main_process:
-        print(f"\n{reports.write(args, settings)}\n\n{args.output}: results.json")
+        rows = reports.write(args.output, args.method, args.data_path.resolve().name, settings, baseline=args.baseline,
+                             permutations=args.permutations, seed=args.global_seed)
+        print(f"\n{rows}\n\n{args.output}: results.json")
     process.wait_for_everyone()
 
 
@@ -205,7 +208,7 @@ def parser():
     p.add_argument("--method", help="name of the row (default: the generator's model, or baseline)")
     p.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json, or its folder, of a run on the same "
                    "folds to test the difference against")
-    p.add_argument("--permutations", type=integer(99), default=50000, help="of that test; **** after Holm's "
+    p.add_argument("--permutations", type=integer(99), default=PERMUTATIONS, help="of that test; **** after Holm's "
                    "correction for four methods needs 40000")
     g = p.add_argument_group("data")
     g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")

@@ -13,13 +13,13 @@ from dataset.root import fingerprint, read_split
 
 @dataclass(frozen=True)
 class Images:
-    """n images: where they lie, what they show. `eyes` is None where nothing says which images show the same."""
+    """n images: their files, labels, patients and eyes."""
 
     paths: list
-    labels: np.ndarray  # (n, K) float32
-    filenames: tuple
+    labels: np.ndarray  # (n, K), 0 or 1
+    filenames: tuple  # relative to the data root or sample folder
     patients: tuple
-    eyes: list | None
+    eyes: list | None  # None where it is not known which images show the same eye
 
     def __len__(self):
         return len(self.paths)

@@ -16,9 +16,9 @@ from PIL import Image
 
 import classify
 from classification import batches
-from classification.data import read_fold
+from classification.data import Fold, Images, read_fold
 from classification.network import build, has_batch_norm, load_classifier, save, synchronise_batch_norm
-from classification.report import summary
+from classification.report import fold_result, saved_at_level, summary
 from classification.synthetic import choose
 from core.errors import UserError
 from core.files import file_hash
@@ -156,12 +156,16 @@ def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_p
     block = found["significance"]
     assert block["baseline"] == "baseline" and block["updates"][0] > block["updates"][1]
     image = block["levels"]["image"]
-    test = read_split(data, "test")
-    assert image["units"] == len(set(test.patients)) and image["permutations"] == 99
+    tested = read_split(data, "test")
+    assert image["units"] == len(set(tested.patients)) and image["permutations"] == 99
     difference = [f["summary"]["image"]["0.5"]["ap"]["mean"] for f in (found, results(baseline))]
     assert image["permutation"]["ap"]["difference"] == pytest.approx(difference[0] - difference[1])
+    for level, threshold in ((level, threshold) for level in ("image", "eye") for threshold in ("0.5", "validation")):
+        ours, theirs = (f["summary"][level][threshold]["f1_sen_spe"]["mean"] for f in (found, results(baseline)))
+        test = block["levels"][level]["permutation"][f"f1_sen_spe@{threshold}"]
+        assert test["difference"] == pytest.approx(ours - theirs)
     assert 0.01 <= image["permutation"]["ap"]["p"] <= 1 and set(image["paired"]) == {"ap", "f1_sen_spe"}
-    defined = sum(test.labels.any(0))
+    defined = sum(tested.labels.any(0))
     assert image["paired"]["ap"]["pairs"] == 2 * defined and block["levels"]["eye"]["units"] == image["units"]
 
     assert call_script("classify.py", "--data-path", data, "--output", tmp_path / "x", *NET, "--fold", 0, "--baseline",
@@ -554,6 +558,34 @@ def test_published_weights_come_from_a_file(data, tmp_path):
     assert all(p.requires_grad for p in made.parameters())
     again = build("test_byobnet", 3, 32, pretrained=True, file=tmp_path / "weights.pt").backbone
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in made.state_dict().items())
+
+
+def labelled(*eyes):
+    """Four images of one label, which the first two have."""
+    labels, names = np.array([[1], [1], [0], [0]], np.float32), tuple("abcd")
+    return Images(list(names), labels, names, ("p", "p", "p", "q"), list(eyes) or None)
+
+
+def test_eyes_are_scored_where_they_are_known():
+    """By hand. Images: 0.9 and 0.3 have the label, 0.6 and 0.1 do not. Eyes: 0.9 has it (0.3 is the same eye's)."""
+    scores = np.array([[0.9], [0.3], [0.6], [0.1]], np.float32)
+    known, unknown = labelled("x", "x", "y", "z"), labelled()
+    results = {}
+    for name, validation, test in (("both", known, known), ("validation", known, unknown), ("test", unknown, known)):
+        fold = Fold(0, ("A",), test, validation, test, 4, [], {}, [])
+        result, arrays = fold_result(fold, scores, scores, {}, 0)
+        results[name] = result["levels"] | {"arrays": arrays}
+    image, eye = results["both"]["image"]["0.5"], results["both"]["eye"]["0.5"]
+    assert (image["macro"]["sen"], image["macro"]["spe"], image["macro"]["ap"]) == pytest.approx((1 / 2, 1 / 2, 5 / 6))
+    assert (eye["macro"]["sen"], eye["macro"]["spe"], eye["macro"]["ap"]) == (1, 1 / 2, 1)
+    assert eye["labels"]["A"]["positives"] == 1 and eye["labels"]["A"]["negatives"] == 2
+    assert results["both"]["eye"]["validation"]["thresholds"]["A"] == pytest.approx(0.75)
+    assert results["both"]["eye"]["validation"]["macro"]["spe"] == 1
+    saved = saved_at_level("eye", results["both"]["arrays"])
+    assert saved.patients == ["p", "p", "q"] and saved.scores == pytest.approx(np.array([[0.9], [0.6], [0.1]]))
+    assert results["validation"]["eye"] is None and saved_at_level("eye", results["validation"]["arrays"]) is None
+    assert list(results["test"]["eye"]) == ["0.5"] and list(results["test"]["image"]) == ["0.5", "validation"]
+    assert np.isnan(results["test"]["arrays"]["eye_thresholds"]).all()
 
 
 def test_a_level_that_some_fold_lacks_has_no_mean():
