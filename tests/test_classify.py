@@ -202,6 +202,17 @@ def test_test_images_are_opened_once_and_last(data, tmp_path, monkeypatch):
 # ---- stopping, processes
 
 
+def test_early_stopping_ends_training_for_good(data, tmp_path):
+    """After the first epoch that is no better; and the same command, before the fold was tested, trains no further."""
+    more = ("--fold", 0, "--epochs", 50, "--early-stopping", 1, "--steps-per-epoch", 2)
+    succeeded(run(data, tmp_path / "out", *more))
+    fold, losses = results(tmp_path / "out")["folds"]["0"], metrics(tmp_path / "out", "loss")
+    assert 2 <= fold["epochs"] < 50 and fold["best_epoch"] == fold["epochs"] - 1 and len(losses) == 2 * fold["epochs"]
+    (tmp_path / "out" / "fold-0" / "result.json").unlink()
+    succeeded(run(data, tmp_path / "out", *more))
+    assert results(tmp_path / "out")["folds"]["0"] == fold and metrics(tmp_path / "out", "loss") == losses
+
+
 def equal_runs(a, b, rtol):
     assert metrics(a, "loss") == pytest.approx(metrics(b, "loss"), rel=rtol)
     assert metrics(a, "validation_map") == pytest.approx(metrics(b, "validation_map"), rel=rtol)
@@ -363,17 +374,12 @@ def test_leaks_can_be_allowed_and_stay_in_the_results(data, tmp_path):
     assert "warning: LEAK: " in out and "1 patient(s)" in results(tmp_path / "out")["folds"]["0"]["remarks"][0]
 
 
-def arguments(data, *more):
-    with mock.patch.object(sys, "argv", ["classify.py", "--data-path", str(data), *map(str, more)]):
-        return classify.parse_args()
-
-
 def test_labels_are_joined_by_name(data, tmp_path):
     """Columns in reverse order; and samples of which nothing is known: allowed, with a remark."""
     split = read_split(data, "train_0")
     folder = sample_folder(tmp_path, data, rounds=1, label_names=split.label_names[::-1], labels=split.labels[:, ::-1])
     (folder / "settings.json").unlink()
-    fold = read_fold(arguments(data, "--synthetic", folder), 0)
+    fold = read_fold(data, 0, synthetic=[folder])
     assert np.array_equal(fold.training.labels, np.tile(split.labels, (2, 1)))
     assert len(fold.remarks) == 1 and "does not say which images" in fold.remarks[0]
     assert fold.training.paths[len(split)].parent.parent == folder
@@ -383,7 +389,7 @@ def test_labels_made_by_hand_are_remarked(data, tmp_path):
     """Shuffled labels, as in the check that images without meaning do not help."""
     split = read_split(data, "train_0")
     sample_folder(tmp_path, data, labels=split.labels[::-1])
-    fold = read_fold(arguments(data, "--synthetic", tmp_path), 0)
+    fold = read_fold(data, 0, synthetic=[tmp_path])
     assert len(fold.remarks) == 1 and "row by row" in fold.remarks[0]
 
 
@@ -420,25 +426,27 @@ def test_mistakes(data, tmp_path, monkeypatch, more, parts):
 # ---- the parts
 
 
-def test_the_rate_is_halved_when_validation_stalls(data, tmp_path):
+def test_the_learning_rate_is_halved_when_validation_stalls(data, tmp_path):
     """The same scores after every epoch: progress at epoch 5, where counting begins; halved 5 epochs later, twice.
 
     Stopped and continued at epoch 8, where three of the five have passed.
     """
-    args = arguments(data, *NET, "--epochs", 20, "--early-stopping", 18, "--method", "m")
-    fold = read_fold(args, 0)
+    argv = ["classify.py", "--data-path", data, *NET, "--epochs", 20, "--early-stopping", 18]
+    with mock.patch.object(sys, "argv", [*map(str, argv)]):
+        recipe = classify.recipe_of(classify.parse_args())
+    fold = read_fold(data, 0)
     scores = np.random.default_rng(0).random(fold.validation.labels.shape)
 
-    def opened():
-        made = classify.Training(args, Accelerator(cpu=True), fold)
-        made.predict = lambda *_: scores
-        return made
+    def begun():
+        training = classify.Training(recipe, Accelerator(cpu=True), fold)
+        training.predict = lambda *_: scores
+        return training
 
-    training, rates, best = opened(), [], []
+    training, rates, best = begun(), [], []
     while not training.finished:
         if training.epoch == 8:
-            training.save(tmp_path / "last.pt", training=training.state())
-            training = opened()
+            training.save(tmp_path / "last.pt", "method", training=training.state())
+            training = begun()
             training.restore(tmp_path / "last.pt")
         training.step += training.steps_per_epoch
         best.append(training.validate()[1])
@@ -449,30 +457,30 @@ def test_the_rate_is_halved_when_validation_stalls(data, tmp_path):
     assert training.finished
 
 
-def test_augmentation_is_a_function_of_seed_pass_and_image(data):
+def test_augmentation_is_a_function_of_seed_epoch_and_image(data):
     paths = read_split(data, "train_0").image_paths
     made = batches.Batches(batches.ImageStore(paths, 32, 1e9), 4, "geometric", 0, 0)
-    numbers, pixels = made(3)
+    indices, pixels = made.share(3)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     again = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "geometric", 0, 0)
-    shares = [again(3, rank, 2) for rank in (0, 1)]
+    shares = [again.share(3, rank, 2) for rank in (0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     for rank, (mine, part) in enumerate(shares):
-        assert mine == numbers[rank::2] and torch.equal(part, pixels[rank::2])
-    plain = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "none", 0, 0)(3)
-    assert plain[0] == numbers and np.array_equal(plain[1], load_images([paths[i] for i in numbers], 32))
+        assert mine == indices[rank::2] and torch.equal(part, pixels[rank::2])
+    plain = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "none", 0, 0).share(3)
+    assert plain[0] == indices and np.array_equal(plain[1], load_images([paths[i] for i in indices], 32))
     assert all((a != b).any() for a, b in zip(plain[1], pixels, strict=True))
-    per_pass = len(paths) // 4
-    first = [made.images_of_step(s)[1] for s in range(per_pass)]
-    assert len({i for batch in first for i in batch}) == 4 * per_pass  # each at most once
-    assert made.images_of_step(per_pass) != (1, first[0]) and made.images_of_step(per_pass)[0] == 1
+    steps = len(paths) // 4  # of an epoch
+    first = [made.images_of_step(s)[1] for s in range(steps)]
+    assert len({i for batch in first for i in batch}) == 4 * steps  # each at most once
+    assert made.images_of_step(steps) != (1, first[0]) and made.images_of_step(steps)[0] == 1
 
 
-def test_every_image_and_pass_is_changed_in_its_own_way(data):
+def test_every_image_and_epoch_is_augmented_in_its_own_way(data):
     one = read_split(data, "train_0").image_paths[:1]
     made = batches.Batches(batches.ImageStore(8 * one, 32, 1e9), 4, "geometric", 0, 0)
-    assert len({image.numpy().tobytes() for step in range(4) for image in made(step)[1]}) == 16
+    assert len({image.numpy().tobytes() for step in range(4) for image in made.share(step)[1]}) == 16
 
 
 def test_augmentation_changes_what_it_says():
