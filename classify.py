@@ -1,14 +1,16 @@
-"""Train a classifier on real and generated images, test it once: one row of the paper's Table 2.
+"""Train a classifier on real and generated images and test it once: one row of the paper's Table 2.
 
     python classify.py --data-path data/oct --fold all --output results_classify/baseline
     python classify.py --data-path data/oct --fold all --synthetic synthetic_oct --baseline results_classify/baseline
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 classify.py --data-path data/oct ...
 
-`--synthetic`: a folder of sample_ddp.py, or a folder that holds one for each fold. Epochs are passes over real and
-generated images together, as in the paper: with five times as many images there are six times as many updates. Whether
-a gain comes from the images or from the updates, only `--steps-per-epoch N`, the same N for all rows, can tell; that
+`--synthetic`: a folder of sample_ddp.py, or a folder that holds one for each fold. An epoch shows all real and
+generated images once, as in the paper: with five times as many generated images it has six times as many updates. Only
+`--steps-per-epoch N`, the same N for all rows, can tell whether a gain comes from the images or from the updates; it
 also gives all rows the same schedule. The network is chosen by the mAP of the validation images; the images of test.csv
 are opened once for each fold, at the end.
+Several processes train as one does: batch norm uses the whole batch. That needs GPUs; on a CPU, train a backbone with
+batch norm in one process.
 Writes OUTPUT/results.json (see classification/report.py), predictions_{fold}.npz and, for each fold,
 fold-{fold}/: log.txt, metrics.jsonl, TensorBoard events, checkpoints/best_ckpt.pt and last_ckpt.pt. The same command
 continues a stopped run; folds that are finished stay, and further folds add to them.
@@ -18,6 +20,8 @@ import math
 import sys
 import time
 from argparse import BooleanOptionalAction
+from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,69 +32,67 @@ from classification import network as classifiers
 from classification import report as reports
 from classification.batches import AUGMENTATIONS, ImageStore
 from classification.data import folds_of, read_fold
-from classification.output import claim, find_output, settings_of, settings_of_fold
+from classification.output import find_output, settings_of_fold
 from classification.synthetic import default_method
-from classification.training import MIN_LR, MOMENTUM, OPTIMISERS, Training
+from classification.training import MIN_LR, MOMENTUM, OPTIMISERS, Recipe, Training
 from core import runs
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import make_folder
+from core.files import file_hash, make_folder
 from core.runtime import Interruption, start, stop
+from metrics.significance import PERMUTATIONS
 
+NOT_SETTINGS = ("fold", "output", "synthetic", "baseline", "permutations", "data_path", "pretrained_file", "log_every",
+                "num_workers", "cache_gb", "mixed_precision")  # of these, a continued run may have others
 AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 
 
-def train(training, log, interruption):
-    """Train until --epochs, the smallest learning rate or an interruption. Was it interrupted?"""
-    args, accelerator, checkpoints = training.args, training.accelerator, log.folder / "checkpoints"
-    bar = tqdm(initial=training.step, total=args.epochs * training.steps_per_epoch, unit="step", mininterval=5,
-               desc=f"fold {training.fold.number}", disable=not log.active)
-
-    def interrupted():
-        """On any process: all must do the same."""
-        asked = torch.tensor(float(interruption.asked), device=accelerator.device)
-        return accelerator.reduce(asked, "sum").item() > 0
-
-    losses, window = [], time.time()
-    while not training.finished:
-        stopped = False
-        for batch in training.epoch_of_batches():
-            losses.append(training.train_step(*batch))
+def train(args, training, log, interruption):
+    """Train until --epochs, the smallest learning rate or an interruption -> whether it was interrupted."""
+    accelerator, number, checkpoints = training.accelerator, training.fold.number, log.folder / "checkpoints"
+    bar = tqdm(initial=training.step, total=training.last_step, unit="step", mininterval=5, desc=f"fold {number}",
+               disable=not log.active)
+    losses, window, stopped = [], time.time(), False
+    with bar, closing(training.batches()) as batches:
+        while not training.finished and not stopped:
+            losses.append(training.train_step(*next(batches)))
             bar.update()
-            end = training.step % training.steps_per_epoch == 0
-            if training.step % args.log_every == 0 or end:
+            end_of_epoch = training.step % training.steps_per_epoch == 0
+            if end_of_epoch or training.step % args.log_every == 0:
                 loss = accelerator.reduce(torch.stack(losses).mean(), "sum").item()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} at step {training.step}; lower --lr or use bf16 for fp16")
-                rate = len(losses) * training.batch / (time.time() - window)
-                log.metrics(training.step, loss=loss, images_per_second=rate, lr=training.lr)
+                throughput = len(losses) * training.batch / (time.time() - window)
+                log.metrics(training.step, loss=loss, images_per_second=throughput, lr=training.lr)
                 losses, window = [], time.time()
-            if training.step % AGREE_EVERY == 0 and not end and interrupted():
-                stopped = True
-                break
-        if not stopped:
-            value, best = training.validate()
-            log.text(f"fold {training.fold.number}, epoch {training.epoch}: loss {loss:.4f}, validation mAP "
-                     f"{100 * value:.2f}{' (best)' if best else ''}, rate {training.lr:g}, {rate:.1f} images/s")
-            log.metrics(training.step, validation_map=value)
-            if best:
-                training.save(checkpoints / "best_ckpt.pt")
-            stopped = interrupted() and not training.finished
-        training.save(checkpoints / "last_ckpt.pt", training=training.state())
-        if stopped:
-            log.text(f"stopped at step {training.step}; the same command continues")
-            bar.close()
-            return True
-        window = time.time()  # the rate is that of training
-    bar.close()
-    return False
+            if end_of_epoch:
+                value, best = training.validate()
+                log.text(f"fold {number}, epoch {training.epoch}: loss {loss:.4f}, validation mAP {100 * value:.2f}"
+                         f"{' (best)' if best else ''}, learning rate {training.lr:g}, {throughput:.1f} images/s")
+                log.metrics(training.step, validation_map=value)
+                if best:
+                    training.save(checkpoints / "best_ckpt.pt", args.method)
+            if end_of_epoch or training.step % AGREE_EVERY == 0:
+                stopped = asked_to_stop(accelerator, interruption) and not training.finished
+            if end_of_epoch or stopped:
+                training.save(checkpoints / "last_ckpt.pt", args.method, training=training.state())
+                window = time.time()  # throughput is that of training alone
+    if stopped:
+        log.text(f"stopped at step {training.step}; the same command continues")
+    return stopped
+
+
+def asked_to_stop(accelerator, interruption):
+    """Whether any of the processes was asked to stop: then all do."""
+    asked = torch.tensor(float(interruption.asked), device=accelerator.device)
+    return accelerator.reduce(asked, "sum").item() > 0
 
 
 def run_fold(args, fold, settings, interruption):
-    """Train, choose and test one fold, unless that is done already. Was it interrupted?"""
+    """Train, choose and test the network of one fold -> whether it was interrupted."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     folder = reports.fold_folder(args.output, fold.number)
-    training = Training(args, accelerator, fold)
+    training = Training(recipe_of(args), accelerator, fold)
     last = folder / "checkpoints" / "last_ckpt.pt"
     exists = last.is_file()
     if exists:
@@ -106,34 +108,37 @@ def run_fold(args, fold, settings, interruption):
     if exists:
         log.text(f"continuing from step {training.step}")
     accelerator.wait_for_everyone()  # the folder is there
-    stopped = train(training, log, interruption)
+    stopped = train(args, training, log, interruption)
     if not stopped:
-        test(training, log)
+        test(args, training, log)
     log.close()
     return stopped
 
 
-def test(training, log):
+def test(args, training, log):
     """Score the chosen network, in float32, on validation images (for thresholds) and, once, on the test images."""
-    args, accelerator, fold = training.args, training.accelerator, training.fold
+    accelerator, fold = training.accelerator, training.fold
     best = classifiers.load_classifier(log.folder / "checkpoints" / "best_ckpt.pt", accelerator.device)
-    store = ImageStore(fold.test.paths, args.image_size, 0)
-    validation, tested = (training.predict(best.scores, s) for s in (training.validation, store))
+    validation_scores = training.predict(best.scores, training.validation)
+    test_scores = training.predict(best.scores, ImageStore(fold.test.paths, args.image_size, 0))
     about = {"best_epoch": training.best_epoch, "epochs": training.epoch, "steps": training.step,
              "steps_per_epoch": training.steps_per_epoch, "validation_map": training.best, "seed": args.global_seed,
              "classifier": best.identity, "mixed_precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
-        reports.save_fold(args.output, *reports.fold_result(fold, validation, tested, about, args.global_seed))
+        reports.save_fold(args.output, *reports.fold_result(fold, validation_scores, test_scores, about,
+                                                            args.global_seed))
         log.text(f"fold {fold.number}: tested the network of epoch {training.best_epoch} of {training.epoch}")
     accelerator.wait_for_everyone()
 
 
 def main():
     args = parse_args()
-    folds = [read_fold(args, number) for number in folds_of(args.data_path, args.fold)]
+    folds = [read_fold(args.data_path, number, labels=args.labels, synthetic=args.synthetic, seed=args.global_seed,
+                       real_to_synthetic=args.real_to_synthetic, allow_leaks=args.allow_leaks)
+             for number in folds_of(args.data_path, args.fold)]
     args.method = args.method or default_method(folds[0].synthetic, args.augment)
     settings = settings_of(args, folds[0])
-    args.output, note = find_output(args, settings, folds, parser().defaults())
+    args.output, note = find_output(args.output, args.method, settings, folds, parser().defaults())
     done = reports.finished(args.output)
     if args.baseline:
         reports.check_comparable(args.baseline, settings, {*done, *(fold.number for fold in folds)})
@@ -146,28 +151,47 @@ def main():
     make_folder(args.output, "--output")  # if it cannot be, better now than later
     process.wait_for_everyone()  # every process has looked before the first one writes
     if process.is_main_process:
-        claim(args.output, settings)
+        claims.write_settings(args.output, settings)
     with Interruption() as interruption:
         stopped = any(run_fold(args, fold, settings_of_fold(settings, fold), interruption) for fold in left)
     if stopped:
         stop()
         sys.exit(130)
     if process.is_main_process:
-        print(f"\n{reports.write(args, settings)}\n\n{args.output}: results.json")
+        rows = reports.write(args.output, args.method, args.data_path.resolve().name, settings, baseline=args.baseline,
+                             permutations=args.permutations, seed=args.global_seed)
+        print(f"\n{rows}\n\n{args.output}: results.json")
     process.wait_for_everyone()
 
 
+def recipe_of(args):
+    """The flags that say how to train."""
+    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+
+
+def settings_of(args, fold):
+    """What a run must share with one that it continues: flags, labels, the test set, all the same for every fold."""
+    flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+    weights = file_hash(args.pretrained_file) if args.pretrained_file and args.pretrained_file.is_file() else None
+    return flags | {"labels": list(fold.label_names), "test_images": fold.hashes["test"],
+                    "has_synthetic": bool(fold.synthetic), "pretrained_sha256": weights}
+
+
 def check_start(args, folds, process):
-    """What else could go wrong only after the start: precision, batch, weights, image size. Raises UserError."""
+    """Raise UserError for what would else fail after the start: precision, batch size, weights, processes."""
     precision = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision).mixed_precision
-    if precision == "fp16" and process.device.type == "cpu":
+    on_cpu, processes = process.device.type == "cpu", process.num_processes
+    if precision == "fp16" and on_cpu:
         raise UserError("--mixed-precision fp16 needs a GPU (there is no loss scaling on a CPU); give bf16 or no")
     smallest = min(min(args.global_batch_size, len(fold.training)) for fold in folds)
-    if smallest < process.num_processes:
+    if smallest < processes:
         raise UserError(f"--global-batch-size {args.global_batch_size}: {smallest} images per step, expected at least "
-                        f"one for each of the {process.num_processes} processes")
-    net = classifiers.build(args.backbone, len(folds[0].label_names), args.image_size, args.global_seed,
-                            args.pretrained, args.pretrained_file)
+                        f"one for each of the {processes} processes")
+    net = recipe_of(args).network(len(folds[0].label_names))
+    if on_cpu and processes > 1 and classifiers.has_batch_norm(net):
+        raise UserError(f"--backbone {args.backbone}: has batch norm, found {processes} processes on a CPU, expected "
+                        "one (only GPUs compute batch norm over several processes); start one process, use GPUs, or "
+                        "give a backbone without batch norm")
     classifiers.check(net, smallest, f"--backbone {args.backbone}")
 
 
@@ -200,19 +224,19 @@ def parser():
     p.add_argument("--method", help="name of the row (default: the generator's model, or baseline)")
     p.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json, or its folder, of a run on the same "
                    "folds to test the difference against")
-    p.add_argument("--permutations", type=integer(99), default=50000, help="of that test; **** after Holm's "
+    p.add_argument("--permutations", type=integer(99), default=PERMUTATIONS, help="of that test; **** after Holm's "
                    "correction for four methods needs 40000")
     g = p.add_argument_group("data")
     g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")
     g.add_argument("--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images per real one, at "
                    "most, over all --synthetic (default: all that there are)")
     g.add_argument("--augment", choices=AUGMENTATIONS, default="geometric",
-                   help="rotation, zoomed crop, mirror, contrast and brightness, or nothing")
+                   help="random rotation, crop, mirror, brightness and contrast, or nothing")
     g.add_argument("--allow-leaks", action="store_true", help="go on, with a warning that stays in the results, where "
                    "test or validation patients are trained on")
     g.add_argument("--cache-gb", type=number(0), default=4, help="decoded images kept in memory, by each process: "
                    "gigabytes for training and as many for validation images; what is beyond is read again")
-    g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read and change images")
+    g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read and augment images")
     g = p.add_argument_group("network")
     g.add_argument("--backbone", default="resnet50.tv_in1k", help="any timm model")
     g.add_argument("--pretrained", action=BooleanOptionalAction, default=True, help="start from published weights")
@@ -220,8 +244,8 @@ def parser():
     g.add_argument("--image-size", type=integer(8, 2048), default=448, help="side of the square crop, in pixels")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=integer(1), default=80, help="at most")
-    g.add_argument("--steps-per-epoch", type=integer(1), help="updates between validations (default: one pass over "
-                   "all training images, real and synthetic)")
+    g.add_argument("--steps-per-epoch", type=integer(1), help="updates between validations (default: as many as "
+                   "all training images, real and synthetic, fill)")
     g.add_argument("--early-stopping", type=integer(1), metavar="EPOCHS", help="stop after so many epochs without a "
                    f"better validation mAP (default: only when the learning rate is below {MIN_LR:g})")
     g.add_argument("--global-batch-size", type=integer(1), default=8, help="images per step over all processes")

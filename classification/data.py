@@ -1,6 +1,6 @@
-"""What the classifier of one fold is trained, chosen and tested on, checked for leaks before anything is read twice."""
+"""What the classifier of one fold is trained, chosen and tested on, checked for leaks before any pixel is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +8,7 @@ import numpy as np
 from classification.synthetic import choose, columns, leaks, open_synthetic
 from core.errors import UserError
 from dataset.root import fingerprint, read_split
-
-
-@dataclass(frozen=True)
-class Images:
-    """n images: where they lie, what they show. `eyes` is None where nothing says which images show the same."""
-
-    paths: list
-    labels: np.ndarray  # (n, K) float32
-    filenames: tuple
-    patients: tuple
-    eyes: tuple | None
-
-    def __len__(self):
-        return len(self.paths)
+from dataset.sets import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -30,69 +17,80 @@ class Fold:
 
     number: int
     label_names: tuple
-    training: Images
-    validation: Images
-    test: Images
+    training: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
     real: int  # how many of the training images are real
     synthetic: list  # of Synthetic
     hashes: dict  # split -> SHA-256 of its CSV file
-    remarks: list  # what a reader of the scores must know
+    remarks: list  # warnings for whoever reads the scores
 
 
 def folds_of(root, asked):
-    """The numbers of the folds that `--fold` asks for: a number, or "all" that there are."""
+    """The numbers of the folds that `--fold` asks for: one number, or "all" of the data root. Raises UserError."""
     if asked != "all":
         return [asked]
-    found = sorted(int(p.stem.partition("_")[2]) for p in Path(root).glob("train_*.csv")
-                   if p.stem.partition("_")[2].isdecimal())
-    if not found:
+    suffixes = [path.stem.partition("_")[2] for path in Path(root).glob("train_*.csv")]
+    folds = sorted(int(suffix) for suffix in suffixes if suffix.isdecimal())
+    if not folds:
         raise UserError(f"--fold all: {root} holds no train_0.csv; make a data root with prepare_data.py")
-    return found
+    return folds
 
 
-def read_fold(args, number):
-    """Everything about a fold but pixels. Raises UserError, for leaks too unless --allow-leaks."""
-    splits = {name: read_split(args.data_path, file) for name, file in
-              (("train", f"train_{number}"), ("val", f"val_{number}"), ("test", "test"))}
+def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, allow_leaks=False, seed=0):
+    """Everything about a fold but pixels. Raises UserError, for leaks too unless `allow_leaks`.
+
+    `labels`: names of those to learn (None: all). `synthetic`: sample folders, or folders that hold one per fold; of
+    them at most `real_to_synthetic` images per real one are taken (None: all), chosen by `seed`.
+    """
+    splits = {"train": read_split(root, f"train_{number}"), "val": read_split(root, f"val_{number}"),
+              "test": read_split(root, "test")}
     real = splits["train"]
     for split in splits.values():
         if split.label_names != real.label_names:
             raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, expected those of "
                             f"{real.path.name}: {' '.join(real.label_names)}")
-    label_names = chosen_labels(args.labels, real)
-    order = [real.label_names.index(name) for name in label_names]
-    synthetic = [open_synthetic(folder, number) for folder in args.synthetic]
-    training, synthetic_labels = images_of(real, order), []
-    reasons, remarks = shared(splits), []
-    for s in synthetic:
-        synthetic_labels.append(columns(s.split, label_names, real, args.labels))
-        more_reasons, more_remarks = leaks(s, args.data_path, number)
-        reasons, remarks = reasons + taken(s, splits) + more_reasons, remarks + more_remarks
-    if reasons and not args.allow_leaks:
+    label_names = chosen_labels(labels, real)
+    samples = [open_synthetic(folder, number) for folder in synthetic]
+    sample_labels = [columns(s.split, label_names, real, labels) for s in samples]
+    reasons, remarks = all_leaks(splits, samples, root, number)
+    if reasons and not allow_leaks:
         raise UserError(f"{reasons[0]}; scores would flatter (--allow-leaks computes them all the same)")
-    for i, (s, labels) in enumerate(zip(synthetic, synthetic_labels, strict=True)):
-        limit = len(s.split) if args.real_to_synthetic is None else (
-            int(args.real_to_synthetic * len(real)) // len(synthetic))
-        training = joined(training, s.split, labels, choose(len(s.split), limit, len(real), args.global_seed, i))
-    fold = Fold(number, label_names, training, images_of(splits["val"], order), images_of(splits["test"], order),
-                len(real), synthetic, {name: fingerprint(split) for name, split in splits.items()},
-                [f"LEAK: {reason}" for reason in reasons] + remarks)
-    if not (fold.validation.labels.any(0) & ~fold.validation.labels.all(0)).any():
+    training = with_labels(real, label_names)
+    for i, (s, y) in enumerate(zip(samples, sample_labels, strict=True)):
+        limit = len(s.split)
+        if real_to_synthetic is not None:
+            limit = int(real_to_synthetic * len(real)) // len(samples)
+        training = joined(training, s.split, y, choose(len(s.split), limit, len(real), seed, i))
+    validation, test = with_labels(splits["val"], label_names), with_labels(splits["test"], label_names)
+    if not (validation.labels.any(0) & ~validation.labels.all(0)).any():
         raise UserError(f"{splits['val'].path}: no label has images with and without it, expected one at least to "
                         "choose the network by; prepare more patients or fewer folds")
-    return fold
+    return Fold(number, label_names, training, validation, test, real=len(real), synthetic=samples,
+                hashes={name: fingerprint(split) for name, split in splits.items()},
+                remarks=[f"LEAK: {reason}" for reason in reasons] + remarks)
+
+
+def all_leaks(splits, samples, root, number):
+    """Every way in which validation or test images would be trained on -> (reasons, remarks), lists of lines."""
+    reasons, remarks = shared(splits), []
+    for s in samples:
+        more_reasons, more_remarks = leaks(s, root, number)
+        reasons += taken(s, splits) + more_reasons
+        remarks += more_remarks
+    return reasons, remarks
 
 
 def taken(synthetic, splits):
     """Validation or test images, or images of their patients, among the synthetic ones: one line for each split."""
-    found, own = [], {path.resolve() for path in synthetic.split.image_paths}
+    lines, own = [], {path.resolve() for path in synthetic.split.image_paths}
     for name in ("val", "test"):
         images = own & {path.resolve() for path in splits[name].image_paths}
         patients = {*synthetic.split.patients} & {*splits[name].patients}
         if images or patients:
             what = f"image {min(images)}" if images else f"patient {min(patients)}"
-            found.append(f"{synthetic.split.path}: lists {what}, which is of {splits[name].path.name}")
-    return found
+            lines.append(f"{synthetic.split.path}: lists {what}, which is of {splits[name].path.name}")
+    return lines
 
 
 def chosen_labels(asked, real):
@@ -103,26 +101,27 @@ def chosen_labels(asked, real):
     return tuple(name for name in real.label_names if not asked or name in asked)
 
 
-def images_of(split, order):
-    return Images(split.image_paths, split.labels[:, order], split.filenames, split.patients, split.eyes)
+def with_labels(split, label_names):
+    """The images of a split with these labels, in this order."""
+    order = [split.label_names.index(name) for name in label_names]
+    return replace(split, labels=split.labels[:, order], label_names=label_names)
 
 
 def joined(images, split, labels, chosen):
-    """The images and, after them, the chosen ones of a synthetic split."""
-    paths = split.image_paths
-    return Images(images.paths + [paths[i] for i in chosen], np.concatenate([images.labels, labels[chosen]]),
-                  images.filenames + tuple(split.filenames[i] for i in chosen),
-                  images.patients + tuple(split.patients[i] for i in chosen), None)
+    """The images and, after them, the chosen ones of a synthetic split, with the given labels (n, K) of all of it."""
+    more = split.take(chosen)
+    return replace(images, paths=images.paths + more.paths, labels=np.concatenate([images.labels, labels[chosen]]),
+                   filenames=images.filenames + more.filenames, patients=images.patients + more.patients, eyes=None)
 
 
 def shared(splits):
-    """Patients and image files that are in two splits: one line for each pair of splits."""
-    found = []
+    """Patients, or else image files, that two splits share: one line for each pair of splits that share any."""
+    lines = []
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         for kind, key in (("patient", "patients"), ("image", "filenames")):
             both = {*getattr(splits[a], key)} & {*getattr(splits[b], key)}
             if both:
-                found.append(f"{splits[a].path} and {splits[b].path.name}: {len(both)} {kind}(s) in both, the first is "
+                lines.append(f"{splits[a].path} and {splits[b].path.name}: {len(both)} {kind}(s) in both, the first is "
                              f"{min(both)}")
                 break
-    return found
+    return lines

@@ -1,9 +1,9 @@
 """The classifier of classify.py: a timm network with one output per label, and the file it is kept in.
 
 Preprocessing, here and nowhere else: the central square of the image by `center_crop`, image_size × image_size; values
-to [0, 1], minus the mean, over the deviation that the backbone was made with. A file is a plain dict: `kind`
-("classifier"), `backbone`, `image_size`, `label_names`, `model` (weights under timm's names), what its training says of
-itself (`method`, `fold`, `epoch`, ...) and, to go on with, `training`.
+to [0, 1], minus the mean, over the standard deviation that the backbone expects. A file is a plain dict: `kind`
+("classifier"), `backbone`, `image_size`, `label_names`, `model` (weights under timm's names), what the training adds
+(`method`, `fold`, `epoch`, ...) and, where training is to be continued, its state `training`.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.assets import open_timm, timm_config, weights_hash
 from core.errors import UserError, first_line
@@ -25,7 +26,7 @@ INSTEAD = ", or name a file of weights (--pretrained-file FILE), or start from r
 
 
 class Network(nn.Module):
-    """uint8 (N, S, S, 3) -> logits (N, K). `backbone` is timm's model, its last layer with K outputs."""
+    """uint8 (N, S, S, 3) -> logits (N, K), float32. `backbone` is timm's model, its last layer with K outputs."""
 
     def __init__(self, backbone, image_size):
         super().__init__()
@@ -38,7 +39,7 @@ class Network(nn.Module):
         return self.backbone(self.prepared(images)).float()
 
     def features(self, images):
-        """uint8 (N, S, S, 3) -> (N, D), pooled, as the last layer gets them."""
+        """uint8 (N, S, S, 3) -> (N, D): the pooled features that the last layer receives."""
         x = self.backbone.forward_features(self.prepared(images))
         return self.backbone.forward_head(x, pre_logits=True).flatten(1)
 
@@ -49,8 +50,8 @@ class Network(nn.Module):
 def build(backbone, labels, image_size, seed=0, pretrained=False, file=None):
     """A network with a new last layer for `labels` labels. Raises UserError.
 
-    `pretrained`: start from published weights (`core.assets`), or from those in `file`. All other values are a
-    function of `seed`. Networks that know one image size only are made for this one.
+    `pretrained`: start from published weights (`core.assets`), or from those in `file`. All other weights are a
+    function of `seed`. Backbones of fixed image size are made for this one.
     """
     try:
         config = timm_config(backbone)
@@ -58,7 +59,7 @@ def build(backbone, labels, image_size, seed=0, pretrained=False, file=None):
         raise UserError(f"--backbone {str(error).removeprefix('timm:')}; give --backbone another name") from None
     options = {"img_size": image_size} if config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # start values are the only draw from the global stream
+        torch.manual_seed(seed)  # the initialisation is the only draw from the global stream
         if pretrained:
             net = open_timm(backbone, file, f"--backbone {backbone}", INSTEAD, **options)
             net.reset_classifier(labels)
@@ -84,10 +85,24 @@ def check(network, batch, flag):
                         "--image-size, --global-batch-size or the backbone") from None
 
 
+def has_batch_norm(network):
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def synchronise_batch_norm(network):
+    """Let every batch norm use the images of all processes, so that several train as one does. GPUs only.
+
+    By timm's function, since torch's loses the activation that timm's batch norms contain.
+    """
+    from timm.layers import convert_sync_batchnorm  # here, as everywhere: it takes seconds
+
+    return convert_sync_batchnorm(network)
+
+
 def save(path, network, backbone, label_names, **about):
     """Write a classifier atomically; `about` holds tensors, numbers, strings, lists and dicts."""
     write_torch(path, {"kind": KIND, "format_version": FORMAT, "backbone": backbone, "image_size": network.image_size,
-                            "label_names": list(label_names), "model": network.backbone.state_dict(), **about})
+                       "label_names": list(label_names), "model": network.backbone.state_dict(), **about})
 
 
 def read(path, flag="--classifier"):
@@ -96,32 +111,32 @@ def read(path, flag="--classifier"):
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; classify.py writes OUTPUT/fold-K/checkpoints/best_ckpt.pt")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
         raise UserError(f"{flag} {path}: cannot be loaded safely ({first_line(error)}); give a file of "
                         "classify.py") from None
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"{flag} {path}: not a classifier; give a file of classify.py")
-    if found.get("format_version") != FORMAT:
-        raise UserError(f"{flag} {path}: has format {found.get('format_version')}, expected {FORMAT}; "
+    if content.get("format_version") != FORMAT:
+        raise UserError(f"{flag} {path}: has format {content.get('format_version')}, expected {FORMAT}; "
                         "update this program")
-    return found
+    return content
 
 
 def load_classifier(path, device="cpu", flag="--classifier"):
     """The classifier in a file of classify.py. Raises UserError."""
-    found = read(path, flag)
-    network = build(found["backbone"], len(found["label_names"]), found["image_size"])
+    content = read(path, flag)
+    backbone, label_names = content["backbone"], content["label_names"]
+    network = build(backbone, len(label_names), content["image_size"])
     try:
-        network.backbone.load_state_dict(found["model"])
+        network.backbone.load_state_dict(content["model"])
     except RuntimeError as error:
-        raise UserError(f"{flag} {path}: its weights are not those of {found['backbone']} ({first_line(error)})"
-                        ) from None
-    return Classifier(network.eval().requires_grad_(False).to(device), found["label_names"], found["backbone"], device)
+        raise UserError(f"{flag} {path}: its weights are not those of {backbone} ({first_line(error)})") from None
+    return Classifier(network.eval().requires_grad_(False).to(device), label_names, backbone, device)
 
 
 class Classifier:
-    """A trained network with what a user of it needs to know; computes in float32."""
+    """A trained network with its labels, image size and identity; computes in float32."""
 
     def __init__(self, network, label_names, backbone, device):
         self.network, self.device = network, device
@@ -135,7 +150,7 @@ class Classifier:
         return self._in_batches(images, batch_size, lambda part: self.network(part).sigmoid())
 
     def features(self, images, batch_size=32):
-        """uint8 (N, H, W, 3) -> pooled features before the last layer (N, D), float32."""
+        """uint8 (N, H, W, 3) -> (N, D), float32: the pooled features that the last layer receives."""
         return self._in_batches(images, batch_size, self.network.features)
 
     @torch.inference_mode()
@@ -145,10 +160,10 @@ class Classifier:
         return torch.cat(parts).numpy() if parts else np.zeros((0, len(self.label_names)), np.float32)
 
     def cropped(self, images):
-        """uint8 (n, H, W, 3) -> uint8 (n, S, S, 3), in threads; as they are where they have that size."""
+        """uint8 (n, H, W, 3) -> uint8 (n, S, S, 3), in threads; images of that size stay as they are."""
         images = np.ascontiguousarray(images)
         if images.shape[1:3] == (self.image_size, self.image_size):
             return images
         with ThreadPoolExecutor(4) as pool:
-            made = pool.map(lambda image: np.asarray(center_crop(Image.fromarray(image), self.image_size)), images)
-            return np.stack(list(made))
+            crops = pool.map(lambda image: np.asarray(center_crop(Image.fromarray(image), self.image_size)), images)
+            return np.stack(list(crops))

@@ -1,8 +1,7 @@
-"""Generated images to train a classifier with: which folder, are they allowed for this fold, which of them.
+"""Generated images to train a classifier with: in which folder they are, whether they leak, how many are taken.
 
 A sample folder of sample_ddp.py holds train_syn_{fold}.csv: images made with the labels of train_{fold}.csv. Images
-made with labels of validation or test images, or by a generator that was trained on images of theirs, would leak the
-answer; they are refused.
+made with the labels of validation or test images, or by a generator that was trained on such images, are a leak.
 """
 
 import re
@@ -30,18 +29,18 @@ class Synthetic:
 
     @property
     def identity(self):
-        """What tells these images from others, for settings."""
+        """What tells these images from others; part of a fold's settings."""
         return {"folder": self.folder.name, "csv_sha256": fingerprint(self.split),
                 "image_bytes": file_sizes(self.split), "about": self.about}
 
     @property
     def model(self):
-        """The name of the generator: what the sampler says, or else what stands first in the folder's name."""
+        """The name of the generator: what the sampler says, or else the first part of the folder's name."""
         return self.about.get("model") or self.folder.resolve().name.partition("-GS-fold-")[0]
 
 
 def find_folder(directory, fold):
-    """The sample folder for this fold: `directory` itself, or the one folder in it that is. Raises UserError."""
+    """The sample folder of this fold: `directory` itself or the one in it that holds its CSV. Raises UserError."""
     directory, wanted = Path(directory), f"train_syn_{fold}.csv"
     if not directory.is_dir():
         raise UserError(f"--synthetic {directory}: no such folder; make it with sample_ddp.py --fold {fold}")
@@ -61,7 +60,7 @@ def find_folder(directory, fold):
 
 
 def _refuse_other_samples(folder, fold):
-    """A folder of other samples is no parent of sample folders. Raises UserError."""
+    """Raise UserError where a folder itself holds samples of another split or fold, or unfinished ones."""
     others = sorted(p.name for p in folder.glob("*_syn_*.csv"))
     if any(name.startswith("val_syn") for name in others):
         raise UserError(f"--synthetic {folder}: holds {others[-1]}, images made with the labels of validation images, "
@@ -81,10 +80,10 @@ def open_synthetic(directory, fold):
 
 
 def leaks(synthetic, root, fold):
-    """Why these images must not train the classifier of this fold of a data root, one line each; and what is unknown.
+    """Whether these images leak what the classifier of this fold is tested on -> (reasons, remarks), lists of lines.
 
-    -> (reasons, remarks). Labels: those of train_{fold}.csv row by row are fine, those of another CSV of the root are
-    not, any others (made by hand) are. Generator: it must have been trained on the images of train_{fold}.csv.
+    A reason says why they do, a remark what cannot be known. Labels may be those of train_{fold}.csv row by row or
+    made by hand, but not those of another CSV of the root. The generator must have been trained on train_{fold}.csv.
     """
     csv = synthetic.split.path
     reasons, remarks = [], []
@@ -96,7 +95,7 @@ def leaks(synthetic, root, fold):
     trained_on, trained_fold = synthetic.about.get("training_images"), synthetic.about.get("trained_on_fold")
     hashes = {path.stem: file_hash(path) for path in csv_files(root)}
     if trained_on and trained_on != hashes[f"train_{fold}"]:
-        known = next((name for name, found in hashes.items() if found == trained_on), None)
+        known = next((name for name, digest in hashes.items() if digest == trained_on), None)
         what = f"{known}.csv" if known else f"images that {root} does not list (fold {trained_fold} of other data)"
         reasons.append(f"{synthetic.folder}: its generator was trained on {what}, expected train_{fold}.csv")
     elif not trained_on and trained_fold is not None and trained_fold != fold:
@@ -114,7 +113,7 @@ def csv_files(root):
 
 
 def _labels_from(split, root, fold):
-    """Name of the CSV of a data root whose labels these are, in its order, once or several times over; or None."""
+    """Name of the CSV of a data root whose labels, in its order, a split repeats once or several times; or None."""
     for path in [Path(root) / f"train_{fold}.csv", *csv_files(root)]:
         other = read_split(root, path.stem)
         if set(other.label_names) <= set(split.label_names) and len(split) % len(other) == 0:
@@ -125,9 +124,9 @@ def _labels_from(split, root, fold):
 
 
 def columns(split, label_names, real, chosen):
-    """The labels (n, K) of a synthetic split in the order of `label_names`, joined by name. Raises UserError.
+    """The labels (n, K) of a synthetic split in the order of `label_names`. Raises UserError.
 
-    Without a choice of labels (`chosen`), real and synthetic images must have the same ones.
+    Unless the user has chosen some of the labels (`chosen`), real and synthetic images must have the same labels.
     """
     missing = [name for name in label_names if name not in split.label_names]
     if missing or (not chosen and set(split.label_names) != set(label_names)):
@@ -138,10 +137,10 @@ def columns(split, label_names, real, chosen):
 
 
 def choose(count, limit, real, seed, *purpose):
-    """Which of `count` synthetic images to take, at most `limit` -> their numbers, ascending.
+    """Which of `count` synthetic images to take, at most `limit` -> their indices, ascending.
 
-    The sampler goes through the labels of the `real` training images again and again: whole rounds keep their
-    distribution. What is left of the last round is drawn at random.
+    The sampler repeats the labels of the `real` training images: as many whole rounds as fit keep the distribution of
+    labels, and what then lacks to `limit` is drawn at random from the next round.
     """
     if limit >= count:
         return list(range(count))

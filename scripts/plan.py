@@ -24,8 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from classification.data import folds_of
-from classification.output import check, claim
+from classification.output import check
 from classification.synthetic import csv_files
+from core import claims
 from core.cli import Parser, integer, run
 from core.errors import UserError
 from core.files import file_hash, make_folder, write_text
@@ -173,12 +174,12 @@ def main():
     steps = Plan(args).steps()
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
     settings["csv_files"] = {path.name: file_hash(path) for path in csv_files(args.data)}
-    check(args.output, settings)
+    check(args.output, settings, parser(args.table).defaults())
     if args.dry_run:
         print(written(steps, args, exported))
         return
     make_folder(args.output / "done", "--output")
-    claim(args.output, settings)
+    claims.write_settings(args.output, settings)
     for number, step in enumerate(steps, 1):
         print(f"\n== {number} of {len(steps)}: {step.name}", flush=True)
         if is_done(step, args.output):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,15 +16,15 @@ from PIL import Image
 
 import classify
 from classification import batches
-from classification.batchnorm import BatchNorm
-from classification.data import read_fold
-from classification.network import build, load_classifier, save
-from classification.report import summary
+from classification.data import Fold, read_fold
+from classification.network import build, has_batch_norm, load_classifier, save, synchronise_batch_norm
+from classification.report import fold_result, saved_at_level, summary
 from classification.synthetic import choose
 from core.errors import UserError
 from core.files import file_hash
 from dataset.images import load_images
 from dataset.root import read_split, write_split
+from dataset.sets import LabelledImages
 from metrics.classification import all_scores
 
 NET = ("--backbone", "test_byobnet", "--no-pretrained", "--image-size", 32, "--lr", 0.05, "--log-every", 1,
@@ -156,12 +157,16 @@ def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_p
     block = found["significance"]
     assert block["baseline"] == "baseline" and block["updates"][0] > block["updates"][1]
     image = block["levels"]["image"]
-    test = read_split(data, "test")
-    assert image["units"] == len(set(test.patients)) and image["permutations"] == 99
+    tested = read_split(data, "test")
+    assert image["units"] == len(set(tested.patients)) and image["permutations"] == 99
     difference = [f["summary"]["image"]["0.5"]["ap"]["mean"] for f in (found, results(baseline))]
     assert image["permutation"]["ap"]["difference"] == pytest.approx(difference[0] - difference[1])
+    for level, threshold in ((level, threshold) for level in ("image", "eye") for threshold in ("0.5", "validation")):
+        ours, theirs = (f["summary"][level][threshold]["f1_sen_spe"]["mean"] for f in (found, results(baseline)))
+        test = block["levels"][level]["permutation"][f"f1_sen_spe@{threshold}"]
+        assert test["difference"] == pytest.approx(ours - theirs)
     assert 0.01 <= image["permutation"]["ap"]["p"] <= 1 and set(image["paired"]) == {"ap", "f1_sen_spe"}
-    defined = sum(test.labels.any(0))
+    defined = sum(tested.labels.any(0))
     assert image["paired"]["ap"]["pairs"] == 2 * defined and block["levels"]["eye"]["units"] == image["units"]
 
     assert call_script("classify.py", "--data-path", data, "--output", tmp_path / "x", *NET, "--fold", 0, "--baseline",
@@ -198,6 +203,17 @@ def test_test_images_are_opened_once_and_last(data, tmp_path, monkeypatch):
 # ---- stopping, processes
 
 
+def test_early_stopping_ends_training_for_good(data, tmp_path):
+    """After the first epoch that is no better; and the same command, before the fold was tested, trains no further."""
+    more = ("--fold", 0, "--epochs", 50, "--early-stopping", 1, "--steps-per-epoch", 2)
+    succeeded(run(data, tmp_path / "out", *more))
+    fold, losses = results(tmp_path / "out")["folds"]["0"], metrics(tmp_path / "out", "loss")
+    assert 2 <= fold["epochs"] < 50 and fold["best_epoch"] == fold["epochs"] - 1 and len(losses) == 2 * fold["epochs"]
+    (tmp_path / "out" / "fold-0" / "result.json").unlink()
+    succeeded(run(data, tmp_path / "out", *more))
+    assert results(tmp_path / "out")["folds"]["0"] == fold and metrics(tmp_path / "out", "loss") == losses
+
+
 def equal_runs(a, b, rtol):
     assert metrics(a, "loss") == pytest.approx(metrics(b, "loss"), rel=rtol)
     assert metrics(a, "validation_map") == pytest.approx(metrics(b, "validation_map"), rel=rtol)
@@ -217,12 +233,39 @@ def test_stopped_and_continued_is_as_if_never_stopped(data, baseline, tmp_path):
     equal_runs(tmp_path / "halves", tmp_path / "whole", 1e-5)
 
 
-def test_two_processes_train_as_one_does(data, baseline, tmp_path):
-    succeeded(run(data, tmp_path / "two", "--fold", 0, way=run_script, processes=2, launcher="torchrun"))
+def test_two_processes_train_as_one_does(data, tmp_path):
+    """Also where their shares are unequal: of a batch of 7 images 4 and 3."""
+    more = ("--fold", 0, "--epochs", 4, "--global-batch-size", 7, "--backbone", "test_convnext")  # has no batch norm
+    succeeded(run(data, tmp_path / "one", *more))
+    succeeded(run(data, tmp_path / "two", *more, way=run_script, processes=2, launcher="torchrun"))
     assert "2 process(es)" in (tmp_path / "two" / "fold-0" / "log.txt").read_text()
-    equal_runs(tmp_path / "two", baseline, 1e-3)
-    assert len((tmp_path / "two/fold-0/metrics.jsonl").read_text().splitlines()) == len(
-        (baseline / "fold-0" / "metrics.jsonl").read_text().splitlines())
+    equal_runs(tmp_path / "two", tmp_path / "one", 1e-5)
+    assert len(metrics(tmp_path / "one", "loss")) == 4 * (len(read_split(data, "train_0")) // 7)
+    one, two = ((tmp_path / name / "fold-0" / "metrics.jsonl").read_text() for name in ("one", "two"))
+    assert two.count("\n") == one.count("\n")  # only the first process writes
+
+
+def test_batch_norm_is_refused_in_several_processes_on_a_cpu(data, tmp_path, monkeypatch):
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    monkeypatch.setattr("core.runtime.start", lambda: two)
+    done = run(data, tmp_path / "out", "--fold", 0)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for part in ("--backbone test_byobnet", "batch norm", "2 processes on a CPU", "start one process", "use GPUs"):
+        assert part in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_synchronised_batch_norm_has_the_same_weights_and_activations():
+    x = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    one, several = build("test_byobnet", 2, 32), synchronise_batch_norm(build("test_byobnet", 2, 32))
+    norms = [m for m in several.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms)
+    assert has_batch_norm(one) and has_batch_norm(several) and not has_batch_norm(build("test_convnext", 2, 32))
+    weights = one.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in several.state_dict().items())
+    several.load_state_dict(weights)  # the names are the same
+    with torch.inference_mode():
+        assert torch.equal(one.eval()(x), several.eval()(x))
 
 
 # ---- leaks and other mistakes: one line, exit code 2, nothing written
@@ -332,17 +375,12 @@ def test_leaks_can_be_allowed_and_stay_in_the_results(data, tmp_path):
     assert "warning: LEAK: " in out and "1 patient(s)" in results(tmp_path / "out")["folds"]["0"]["remarks"][0]
 
 
-def arguments(data, *more):
-    with mock.patch.object(sys, "argv", ["classify.py", "--data-path", str(data), *map(str, more)]):
-        return classify.parse_args()
-
-
 def test_labels_are_joined_by_name(data, tmp_path):
     """Columns in reverse order; and samples of which nothing is known: allowed, with a remark."""
     split = read_split(data, "train_0")
     folder = sample_folder(tmp_path, data, rounds=1, label_names=split.label_names[::-1], labels=split.labels[:, ::-1])
     (folder / "settings.json").unlink()
-    fold = read_fold(arguments(data, "--synthetic", folder), 0)
+    fold = read_fold(data, 0, synthetic=[folder])
     assert np.array_equal(fold.training.labels, np.tile(split.labels, (2, 1)))
     assert len(fold.remarks) == 1 and "does not say which images" in fold.remarks[0]
     assert fold.training.paths[len(split)].parent.parent == folder
@@ -352,7 +390,7 @@ def test_labels_made_by_hand_are_remarked(data, tmp_path):
     """Shuffled labels, as in the check that images without meaning do not help."""
     split = read_split(data, "train_0")
     sample_folder(tmp_path, data, labels=split.labels[::-1])
-    fold = read_fold(arguments(data, "--synthetic", tmp_path), 0)
+    fold = read_fold(data, 0, synthetic=[tmp_path])
     assert len(fold.remarks) == 1 and "row by row" in fold.remarks[0]
 
 
@@ -389,25 +427,27 @@ def test_mistakes(data, tmp_path, monkeypatch, more, parts):
 # ---- the parts
 
 
-def test_the_rate_is_halved_when_validation_stalls(data, tmp_path):
+def test_the_learning_rate_is_halved_when_validation_stalls(data, tmp_path):
     """The same scores after every epoch: progress at epoch 5, where counting begins; halved 5 epochs later, twice.
 
     Stopped and continued at epoch 8, where three of the five have passed.
     """
-    args = arguments(data, *NET, "--epochs", 20, "--early-stopping", 18, "--method", "m")
-    fold = read_fold(args, 0)
+    argv = ["classify.py", "--data-path", data, *NET, "--epochs", 20, "--early-stopping", 18]
+    with mock.patch.object(sys, "argv", [*map(str, argv)]):
+        recipe = classify.recipe_of(classify.parse_args())
+    fold = read_fold(data, 0)
     scores = np.random.default_rng(0).random(fold.validation.labels.shape)
 
-    def opened():
-        made = classify.Training(args, Accelerator(cpu=True), fold)
-        made.predict = lambda *_: scores
-        return made
+    def begun():
+        training = classify.Training(recipe, Accelerator(cpu=True), fold)
+        training.predict = lambda *_: scores
+        return training
 
-    training, rates, best = opened(), [], []
+    training, rates, best = begun(), [], []
     while not training.finished:
         if training.epoch == 8:
-            training.save(tmp_path / "last.pt", training=training.state())
-            training = opened()
+            training.save(tmp_path / "last.pt", "method", training=training.state())
+            training = begun()
             training.restore(tmp_path / "last.pt")
         training.step += training.steps_per_epoch
         best.append(training.validate()[1])
@@ -418,30 +458,30 @@ def test_the_rate_is_halved_when_validation_stalls(data, tmp_path):
     assert training.finished
 
 
-def test_augmentation_is_a_function_of_seed_pass_and_image(data):
+def test_augmentation_is_a_function_of_seed_epoch_and_image(data):
     paths = read_split(data, "train_0").image_paths
     made = batches.Batches(batches.ImageStore(paths, 32, 1e9), 4, "geometric", 0, 0)
-    numbers, pixels = made(3)
+    indices, pixels = made.share(3)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     again = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "geometric", 0, 0)
-    shares = [again(3, rank, 2) for rank in (0, 1)]
+    shares = [again.share(3, rank, 2) for rank in (0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     for rank, (mine, part) in enumerate(shares):
-        assert mine == numbers[rank::2] and torch.equal(part, pixels[rank::2])
-    plain = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "none", 0, 0)(3)
-    assert plain[0] == numbers and np.array_equal(plain[1], load_images([paths[i] for i in numbers], 32))
+        assert mine == indices[rank::2] and torch.equal(part, pixels[rank::2])
+    plain = batches.Batches(batches.ImageStore(paths, 32, 0), 4, "none", 0, 0).share(3)
+    assert plain[0] == indices and np.array_equal(plain[1], load_images([paths[i] for i in indices], 32))
     assert all((a != b).any() for a, b in zip(plain[1], pixels, strict=True))
-    per_pass = len(paths) // 4
-    first = [made.images_of_step(s)[1] for s in range(per_pass)]
-    assert len({i for batch in first for i in batch}) == 4 * per_pass  # each at most once
-    assert made.images_of_step(per_pass) != (1, first[0]) and made.images_of_step(per_pass)[0] == 1
+    steps = len(paths) // 4  # of an epoch
+    first = [made.images_of_step(s)[1] for s in range(steps)]
+    assert len({i for batch in first for i in batch}) == 4 * steps  # each at most once
+    assert made.images_of_step(steps) != (1, first[0]) and made.images_of_step(steps)[0] == 1
 
 
-def test_every_image_and_pass_is_changed_in_its_own_way(data):
+def test_every_image_and_epoch_is_augmented_in_its_own_way(data):
     one = read_split(data, "train_0").image_paths[:1]
     made = batches.Batches(batches.ImageStore(8 * one, 32, 1e9), 4, "geometric", 0, 0)
-    assert len({image.numpy().tobytes() for step in range(4) for image in made(step)[1]}) == 16
+    assert len({image.numpy().tobytes() for step in range(4) for image in made.share(step)[1]}) == 16
 
 
 def test_augmentation_changes_what_it_says():
@@ -464,27 +504,6 @@ def test_images_are_kept_up_to_the_limit(data, monkeypatch):
     for _ in range(2):
         store.stack([0, 1, 2, 3])
     assert len(store.kept) == 2 and len(opened) == 4 + 2
-
-
-def test_batch_norm_is_torchs():
-    """In one process: outputs, gradients and running statistics, in training and after it."""
-    x = 100 + torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    theirs = torch.nn.BatchNorm2d(3, momentum=0.5)
-    with torch.no_grad():
-        theirs.weight.copy_(torch.tensor([0.5, 1, 2]))
-        theirs.bias.copy_(torch.tensor([1.0, 0, -1]))
-    ours = BatchNorm(torch.nn.BatchNorm2d(3, momentum=0.5))
-    ours.load_state_dict(theirs.state_dict())
-    grads = []
-    for norm in (ours, theirs):
-        value = x.clone().requires_grad_()
-        out = norm(value)
-        (out.square() * torch.arange(2)).sum().backward()
-        grads.append((out, value.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var,
-                      norm.eval()(x)))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert ours.num_batches_tracked == 1
 
 
 @pytest.fixture(scope="module")
@@ -548,6 +567,34 @@ def test_published_weights_come_from_a_file(data, tmp_path):
     assert all(p.requires_grad for p in made.parameters())
     again = build("test_byobnet", 3, 32, pretrained=True, file=tmp_path / "weights.pt").backbone
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in made.state_dict().items())
+
+
+def labelled(*eyes):
+    """Four images of one label, which the first two have."""
+    labels, names = np.array([[1], [1], [0], [0]], np.float32), tuple("abcd")
+    return LabelledImages(names, labels, ("A",), names, ("p", "p", "p", "q"), tuple(eyes) or None)
+
+
+def test_eyes_are_scored_where_they_are_known():
+    """By hand. Images: 0.9 and 0.3 have the label, 0.6 and 0.1 do not. Eyes: 0.9 has it (0.3 is the same eye's)."""
+    scores = np.array([[0.9], [0.3], [0.6], [0.1]], np.float32)
+    known, unknown = labelled("x", "x", "y", "z"), labelled()
+    results = {}
+    for name, validation, test in (("both", known, known), ("validation", known, unknown), ("test", unknown, known)):
+        fold = Fold(0, ("A",), test, validation, test, 4, [], {}, [])
+        result, arrays = fold_result(fold, scores, scores, {}, 0)
+        results[name] = result["levels"] | {"arrays": arrays}
+    image, eye = results["both"]["image"]["0.5"], results["both"]["eye"]["0.5"]
+    assert (image["macro"]["sen"], image["macro"]["spe"], image["macro"]["ap"]) == pytest.approx((1 / 2, 1 / 2, 5 / 6))
+    assert (eye["macro"]["sen"], eye["macro"]["spe"], eye["macro"]["ap"]) == (1, 1 / 2, 1)
+    assert eye["labels"]["A"]["positives"] == 1 and eye["labels"]["A"]["negatives"] == 2
+    assert results["both"]["eye"]["validation"]["thresholds"]["A"] == pytest.approx(0.75)
+    assert results["both"]["eye"]["validation"]["macro"]["spe"] == 1
+    saved = saved_at_level("eye", results["both"]["arrays"])
+    assert saved.patients == ["p", "p", "q"] and saved.scores == pytest.approx(np.array([[0.9], [0.6], [0.1]]))
+    assert results["validation"]["eye"] is None and saved_at_level("eye", results["validation"]["arrays"]) is None
+    assert list(results["test"]["eye"]) == ["0.5"] and list(results["test"]["image"]) == ["0.5", "validation"]
+    assert np.isnan(results["test"]["arrays"]["eye_thresholds"]).all()
 
 
 def test_a_level_that_some_fold_lacks_has_no_mean():
