@@ -35,7 +35,7 @@ from classification.data import folds_of, read_fold
 from classification.output import find_output, settings_of_fold
 from classification.synthetic import default_method
 from classification.training import MIN_LR, MOMENTUM, OPTIMISERS, Recipe, Training
-from core import runs
+from core import claims, runs
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import file_hash, make_folder

@@ -174,7 +174,7 @@ def main():
     steps = Plan(args).steps()
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
     settings["csv_files"] = {path.name: file_hash(path) for path in csv_files(args.data)}
-    check(args.output, settings, parser(args.table).defaults())
+    check(args.output, settings, parser().defaults())
     if args.dry_run:
         print(written(steps, args, exported))
         return

@@ -133,7 +133,7 @@ def test_a_finished_fold_stays_and_others_join_it(data, baseline, tmp_path):
     ours, theirs = results(tmp_path / "out")["folds"], results(baseline)["folds"]
     assert ours["0"]["levels"] == theirs["0"]["levels"] and ours["1"]["levels"] == theirs["1"]["levels"]
     done = run(data, tmp_path / "out", "--augment", "none")
-    assert done.returncode == 2 and "other settings (augment geometric, now none)" in done.stderr
+    assert done.returncode == 2 and "other settings (augment geometric (now none)" in done.stderr
 
 
 def test_the_default_output_is_a_numbered_folder_found_again(data, tmp_path, monkeypatch):
