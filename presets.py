@@ -25,14 +25,14 @@ PAPER_TRAINING = {"image_size": 256, "vae": "ema", "epochs": 14000, "global_batc
 PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5, "heredity": "published"}
 PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "optimizer": "sgd", "lr": 1e-3,
                     "weight_decay": 1e-4, "global_batch_size": 8, "epochs": 80, "augment": "geometric"}
-PAPER_DATA = {"fundus": 5, "oct": 11}  # labels
+PAPER_DATA = {"fundus": "RetinaMNIST, 5", "oct": "TOPCON-MM, 11"}
 PAPER_MODELS = ("LDM-B", "DiT-S", "GeCA-S")
 
 PRESETS = {
     f"paper-{data}-{model.lower()}": Preset(
-        f"{model} of Tables 1 and 2, {data}; 4 GPUs, --mixed_precision fp16", f"{PAPER}; {FDDM}",
-        {"extract": {"image_size": 256, "vae": "ema", "num_classes": labels},
-         "train": {"model": model, "num_classes": labels, **PAPER_TRAINING}, "sample": PAPER_SAMPLING,
+        f"{model}, {data} ({labels} labels), Tables 1 and 2; 4 GPUs, --mixed_precision fp16", f"{PAPER}; {FDDM}",
+        {"extract": {"image_size": 256, "vae": "ema"}, "train": {"model": model, **PAPER_TRAINING},
+         "sample": PAPER_SAMPLING,
          "expand": {"expand_ratio": 5}, "classify": PAPER_CLASSIFIER})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
