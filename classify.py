@@ -34,13 +34,14 @@ from classification.batches import AUGMENTATIONS, ImageStore
 from classification.data import folds_of, read_fold
 from classification.output import find_output, settings_of_fold
 from classification.synthetic import default_method
-from classification.training import MIN_LR, MOMENTUM, OPTIMISERS, Recipe, Training
+from classification.training import MIN_LR, MOMENTUM, Recipe, Training
 from core import claims, runs
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import file_hash, make_folder
 from core.runtime import Interruption, start, stop
 from metrics.significance import PERMUTATIONS
+from presets import OPTIMISERS, PAPER_CLASSIFIER, presets_of
 
 NOT_SETTINGS = ("fold", "output", "synthetic", "baseline", "permutations", "data_path", "pretrained_file", "log_every",
                 "num_workers", "cache_gb", "mixed_precision")  # of these, a continued run may have others
@@ -214,7 +215,7 @@ def parse_args():
 
 
 def parser():
-    p = Parser(__doc__)
+    p = Parser(__doc__, presets=presets_of("classify"))
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
     p.add_argument("--fold", type=fold_number, default="all", metavar="K", help="a fold's number, or all")
     p.add_argument("--synthetic", type=Path, nargs="+", default=[], metavar="DIR", help="sample folders of "
@@ -230,7 +231,7 @@ def parser():
     g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")
     g.add_argument("--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images per real one, at "
                    "most, over all --synthetic (default: all that there are)")
-    g.add_argument("--augment", choices=AUGMENTATIONS, default="geometric",
+    g.add_argument("--augment", choices=AUGMENTATIONS,
                    help="random rotation, crop, mirror, brightness and contrast, or nothing")
     g.add_argument("--allow-leaks", action="store_true", help="go on, with a warning that stays in the results, where "
                    "test or validation patients are trained on")
@@ -238,18 +239,18 @@ def parser():
                    "gigabytes for training and as many for validation images; what is beyond is read again")
     g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read and augment images")
     g = p.add_argument_group("network")
-    g.add_argument("--backbone", default="resnet50.tv_in1k", help="any timm model")
+    g.add_argument("--backbone", help="any timm model")
     g.add_argument("--pretrained", action=BooleanOptionalAction, default=True, help="start from published weights")
     g.add_argument("--pretrained-file", type=Path, metavar="FILE", help="a file of those weights")
-    g.add_argument("--image-size", type=integer(8, 2048), default=448, help="side of the square crop, in pixels")
+    g.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=integer(1), default=80, help="at most")
+    g.add_argument("--epochs", type=integer(1), help="at most")
     g.add_argument("--steps-per-epoch", type=integer(1), help="updates between validations (default: as many as "
                    "all training images, real and synthetic, fill)")
     g.add_argument("--early-stopping", type=integer(1), metavar="EPOCHS", help="stop after so many epochs without a "
                    f"better validation mAP (default: only when the learning rate is below {MIN_LR:g})")
-    g.add_argument("--global-batch-size", type=integer(1), default=8, help="images per step over all processes")
-    g.add_argument("--optimizer", choices=OPTIMISERS, default="sgd", help=f"SGD with momentum {MOMENTUM}, or AdamW")
+    g.add_argument("--global-batch-size", type=integer(1), help="images per step over all processes")
+    g.add_argument("--optimizer", choices=OPTIMISERS, help=f"SGD with momentum {MOMENTUM}, or AdamW")
     g.add_argument("--lr", type=number(MIN_LR), help="learning rate (default: 1e-3 for sgd, 1e-4 for adamw)")
     g.add_argument("--weight-decay", type=number(0), help="(default: 1e-4 for sgd, 1e-2 for adamw)")
     g.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default=None,
@@ -257,6 +258,7 @@ def parser():
     g.add_argument("--global-seed", type=integer(0), default=0, help="seed of every draw")
     g.add_argument("--eval-batch-size", type=integer(1), default=32, help="images per forward pass of evaluation")
     g.add_argument("--log-every", type=integer(1), default=50, metavar="STEPS", help="steps between metrics")
+    p.set_defaults(**PAPER_CLASSIFIER)
     return p
 
 

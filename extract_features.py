@@ -21,6 +21,7 @@ from dataset import latents
 from dataset.images import check_images, load_images
 from dataset.root import read_split
 from dataset.vae import cells_per_side, open_codec
+from presets import PAPER_SPACE, PAPER_TRAINING, presets_of
 
 
 def main():
@@ -85,19 +86,21 @@ def say(process, text):
 
 
 def parser():
-    p = Parser(__doc__)
+    p = Parser(__doc__, presets=presets_of("extract"))
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="prepared data root")
     p.add_argument("--features-path", type=Path, required=True, metavar="DIR", help="where the cache goes")
     p.add_argument("--fold", type=integer(0), default=0, help="encode train_{fold}.csv")
-    p.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the square crop, in pixels")
-    p.add_argument("--vae", default="ema", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
+    p.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")
+    p.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
     p.add_argument("--image-space", action="store_true", help="no VAE: store pixels")
-    p.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
+    p.add_argument("--global-batch-size", type=integer(1), default=PAPER_TRAINING["global_batch_size"],
+                   help="images per step over all processes")
     p.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
     p.add_argument("--model", metavar="NAME", help="accepted as published and ignored: latents serve every model")
     p.add_argument("--num-workers", type=integer(1), default=4, help="threads per process that read images")
     p.add_argument("--global-seed", type=integer(0), default=0,
                    help="accepted as published; the moments need no draw")
+    p.set_defaults(**PAPER_SPACE)
     return p
 
 

@@ -19,21 +19,27 @@ class Preset:
 
 PAPER = "Elbatel et al., MICCAI 2024 (arXiv 2407.03018), Sec. 3 and the released commands"
 FDDM = "classifier of the same group on the same data (FDDM, MICCAI 2023): the paper names none"
-PAPER_TRAINING = {"image_size": 256, "vae": "ema", "epochs": 14000, "global_batch_size": 128, "lr": 1e-4,
-                  "lr_schedule": "constant", "warmup": 0, "clip_norm": 0, "adam_betas": [0.9, 0.999], "min_snr": 0,
-                  "train_heredity": 0, "ema_decay": 0.9999, "validate_every": 700, "heredity": "published"}
-PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5, "heredity": "published"}
-PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "optimizer": "sgd", "lr": 1e-3,
-                    "weight_decay": 1e-4, "global_batch_size": 8, "epochs": 80, "augment": "geometric"}
+
+# The numbers of the paper, which are also the defaults of the scripts.
+PAPER_SPACE = {"image_size": 256, "vae": "ema"}
+PAPER_TRAINING = {"epochs": 14000, "global_batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
+                  "adam_betas": [0.9, 0.999], "clip_norm": 0, "min_snr": 0, "train_heredity": 0, "ema_decay": 0.9999}
+PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5}
+PAPER_EXPANSION = 5  # synthetic images per training image, for Table 2
+PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "augment": "geometric", "optimizer": "sgd",
+                    "global_batch_size": 8, "epochs": 80}
+OPTIMISERS = {"sgd": {"lr": 1e-3, "weight_decay": 1e-4}, "adamw": {"lr": 1e-4, "weight_decay": 1e-2}}  # ours: adamw
+PAPER_VALIDATION_EPOCHS = 700  # epochs between validations
 PAPER_DATA = {"fundus": "RetinaMNIST, 5", "oct": "TOPCON-MM, 11"}
 PAPER_MODELS = ("LDM-B", "DiT-S", "GeCA-S")
 
 PRESETS = {
     f"paper-{data}-{model.lower()}": Preset(
         f"{model}, {data} ({labels} labels), Tables 1 and 2; 4 GPUs, --mixed_precision fp16", f"{PAPER}; {FDDM}",
-        {"extract": {"image_size": 256, "vae": "ema"}, "train": {"model": model, **PAPER_TRAINING},
-         "sample": PAPER_SAMPLING,
-         "expand": {"expand_ratio": 5}, "classify": PAPER_CLASSIFIER})
+        {"extract": PAPER_SPACE, "train": {"model": model, "validate_every": PAPER_VALIDATION_EPOCHS, **PAPER_SPACE,
+                                           **PAPER_TRAINING, **PAPER_SAMPLING, "heredity": "published"},
+         "sample": {**PAPER_SAMPLING, "heredity": "published"}, "expand": {"expand_ratio": PAPER_EXPANSION},
+         "classify": {**PAPER_CLASSIFIER, **OPTIMISERS["sgd"]}})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
 # Ours: what a CPU or a small GPU can train. Learning rates from one grid for all models (docs/LEARNING.md).

@@ -26,10 +26,10 @@ from generation import output
 from generation.guidance import default_heredity, parse_heredity
 from generation.sampling import SamplingOptions
 from models import MODELS
-from presets import presets_of
+from presets import PAPER_SAMPLING, PAPER_SPACE, presets_of
 
 RELEASED = {"heredity": "whole"}  # --as-released
-UNSAID = {"image_size": 256, "vae": "ema", "image_space": False, "multi_scale": False}  # for files that do not say
+UNSAID = {**PAPER_SPACE, "image_space": False, "multi_scale": False}  # for files that do not say
 
 
 def main():
@@ -192,10 +192,10 @@ def parser(description, data_help, *sections):
                    help="the model was trained so (default: as the checkpoint says)")
     p.add_argument("--weights", default="ema", metavar="KIND", help="ema (averaged), model (raw) or ema:DECAY, one of "
                    "the --more-ema-decays of training")
-    p.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="denoising steps")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral, DDIM or DPM-Solver++(2M)")
+    p.add_argument("--num-sampling-steps", type=integer(1, 1000), help="denoising steps")
+    p.add_argument("--sampler", choices=SAMPLERS, help="ancestral, DDIM or DPM-Solver++(2M)")
     p.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM: none at 0, that of ddpm at 1")
-    p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance; 1 is none")
+    p.add_argument("--cfg-scale", type=number(0), help="guidance; 1 is none")
     p.add_argument("--cfg-interval", type=integer(0, 999), nargs=2, metavar=("LOW", "HIGH"),
                    help="diffusion steps between which there is guidance (default: all)")
     p.add_argument("--per-proc-batch-size", type=integer(1), default=32, help="images per process and batch")
@@ -207,6 +207,7 @@ def parser(description, data_help, *sections):
                    help="published spelling of --precision tf32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="compile the denoiser first (torch.compile: a minute at the start, fewer kernels after)")
+    p.set_defaults(**PAPER_SAMPLING)
     return p
 
 

@@ -29,6 +29,7 @@ from core.runtime import Interruption, start, stop
 from dataset import latents
 from dataset.root import fingerprint, read_split
 from dataset.vae import cells_per_side, open_codec, same_weights
+from diffusion.samplers import SAMPLERS
 from evaluation.features import open_features
 from generation import checkpoint as checkpoints
 from generation.guidance import default_heredity
@@ -36,7 +37,7 @@ from generation.sampling import SamplingOptions
 from generation.training import SCHEDULES, Training, TrainingOptions, model_args, weights_to_start_from
 from generation.validation import Validation, ValidationOptions
 from models import MODELS
-from presets import presets_of
+from presets import PAPER_SAMPLING, PAPER_SPACE, PAPER_TRAINING, presets_of
 from sample_ddp import add_heredity_flags
 
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
@@ -291,29 +292,29 @@ def parser():
     g = p.add_argument_group("data and space")
     g.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, validate on val_{fold}")
     g.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
-    g.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the square crop, in pixels")
-    g.add_argument("--vae", default="ema", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
+    g.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")
+    g.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
     g.add_argument("--image-space", action="store_true", help="diffuse pixels, without a VAE")
     g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
     g.add_argument("--multi-scale", action="store_true", help="noisy steps on coarser grids (needs a multiple of 4)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=integer(1), default=14000, help="passes over the training images")
+    g.add_argument("--epochs", type=integer(1), help="passes over the training images")
     g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes of "
                    "training, those before a resumption included; 0 is never")
-    g.add_argument("--global-batch-size", type=integer(1), default=128, help="images per step over all processes")
-    g.add_argument("--lr", type=number(0), default=1e-4, help="largest learning rate of AdamW")
-    g.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="constant, or falling to 0 at the end "
+    g.add_argument("--global-batch-size", type=integer(1), help="images per step over all processes")
+    g.add_argument("--lr", type=number(0), help="largest learning rate of AdamW")
+    g.add_argument("--lr-schedule", choices=SCHEDULES, help="constant, or falling to 0 at the end "
                    "of --epochs or --max-minutes")
-    g.add_argument("--warmup", type=integer(0), default=0, metavar="STEPS", help="steps over which it grows from 0")
-    g.add_argument("--adam-betas", type=number(0, 1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
+    g.add_argument("--warmup", type=integer(0), metavar="STEPS", help="steps over which it grows from 0")
+    g.add_argument("--adam-betas", type=number(0, 1), nargs=2, metavar=("B1", "B2"),
                    help="decay of AdamW's two moments")
-    g.add_argument("--clip-norm", type=number(0), default=0, help="largest norm of the gradient; 0: as it is")
+    g.add_argument("--clip-norm", type=number(0), help="largest norm of the gradient; 0: as it is")
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")
-    g.add_argument("--min-snr", type=number(0), default=0, metavar="GAMMA", help="weigh the squared error by "
+    g.add_argument("--min-snr", type=number(0), metavar="GAMMA", help="weigh the squared error by "
                    "min(SNR, GAMMA) / SNR (Hang et al. 2023; 5 there); 0: equally")
-    g.add_argument("--train-heredity", type=number(0, 1), default=0, metavar="P", help="share of samples that start "
+    g.add_argument("--train-heredity", type=number(0, 1), metavar="P", help="share of samples that start "
                    "from an inherited state, as in sampling (published: none)")
-    g.add_argument("--ema-decay", type=number(0, 1), default=0.9999, help="of the averaged weights, after warm-up")
+    g.add_argument("--ema-decay", type=number(0, 1), help="of the averaged weights, after warm-up")
     g.add_argument("--more-ema-decays", type=number(0, 1), nargs="+", default=[], metavar="DECAY",
                    help="keep further averages, to choose from when sampling (--weights ema:DECAY)")
     g.add_argument("--ema-warmup", action=BooleanOptionalAction, default=True,
@@ -327,9 +328,9 @@ def parser():
     g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="epochs between validations "
                    "(default: only at the end)")
     g.add_argument("--val-samples", type=integer(2), default=24, help="images sampled per validation")
-    g.add_argument("--num-sampling-steps", type=integer(1, 1000), default=250, help="steps of those samples")
-    g.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="sampler of those samples")
-    g.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance of those samples; 1 is none")
+    g.add_argument("--num-sampling-steps", type=integer(1, 1000), help="steps of those samples")
+    g.add_argument("--sampler", choices=SAMPLERS, help="sampler of those samples")
+    g.add_argument("--cfg-scale", type=number(0), help="guidance of those samples; 1 is none")
     g.add_argument("--validation-weights", choices=("ema", "model"), default="ema",
                    help="averaged or raw weights make those samples (published: raw)")
     g.add_argument("--validation-labels", choices=("own", "null"), default="own",
@@ -343,6 +344,7 @@ def parser():
                    help="steps between writes of last_ckpt.pt")
     g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read validation images")
     g.add_argument("--cache", action="store_true", help="accepted as published; latents are always in memory")
+    p.set_defaults(**PAPER_SPACE, **PAPER_TRAINING, **PAPER_SAMPLING)
     return p
 
 

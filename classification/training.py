@@ -20,7 +20,6 @@ from core.errors import UserError
 from core.random import generator
 from metrics.classification import all_scores
 
-OPTIMISERS = {"sgd": {"lr": 1e-3, "weight_decay": 1e-4}, "adamw": {"lr": 1e-4, "weight_decay": 1e-2}}
 MOMENTUM = 0.9
 STALL, FROM_EPOCH = 5, 5  # the learning rate is halved after 5 epochs without progress, counted from epoch 5 on
 MIN_LR = 1e-7  # below it training ends

@@ -13,16 +13,17 @@ from core.random import generator, per_image
 from core.runtime import autocast
 from diffusion import create_diffusion, multiscale, samplers
 from generation.guidance import GuidedDenoiser, ImageNoise
+from presets import PAPER_SAMPLING
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How to sample; the defaults are those of the paper's Table 1."""
 
-    steps: int = 250
-    sampler: str = "ddpm"  # one of diffusion/samplers.py
+    steps: int = PAPER_SAMPLING["num_sampling_steps"]
+    sampler: str = PAPER_SAMPLING["sampler"]  # one of diffusion/samplers.py
     eta: float = 0.0  # noise of ddim: none at 0, that of ddpm at 1
-    cfg_scale: float = 1.5  # guidance; 1 is none
+    cfg_scale: float = PAPER_SAMPLING["cfg_scale"]  # guidance; 1 is none
     cfg_interval: tuple | None = None  # diffusion steps between which there is guidance; None: all
     heredity: str = "published"  # see generation/guidance.py
     shared_fire: bool = False  # the same cells are seeded and fire in the conditional and the unconditional copy

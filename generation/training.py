@@ -23,25 +23,25 @@ SCHEDULES = ("constant", "linear", "cosine")  # of the learning rate
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are the published ones, but for `ema_warmup` (docs/FIDELITY.md)."""
+    """How to train; the paper's numbers are in presets.py."""
 
-    batch: int = 128  # images per step over all processes
-    epochs: int = 14000
-    seed: int = 0
-    lr: float = 1e-4  # of AdamW, without weight decay
-    lr_schedule: str = "constant"
-    warmup: int = 0  # steps over which the learning rate grows from 0
-    adam_betas: tuple = (0.9, 0.999)
-    clip_norm: float = 0  # largest norm of the gradient; 0: as it is
-    grad_norm: bool = False  # divide each parameter's gradient by its norm, as published
-    min_snr: float = 0  # γ of the loss weight min(SNR, γ) / SNR (Hang et al. 2023); 0: none
-    ema_decay: float = 0.9999
+    batch: int  # images per step over all processes
+    epochs: int
+    lr: float  # of AdamW, without weight decay
+    lr_schedule: str  # one of SCHEDULES
+    warmup: int  # steps over which the learning rate grows from 0
+    adam_betas: tuple  # decay of AdamW's two moments
+    clip_norm: float  # largest norm of the gradient; 0: as it is
+    min_snr: float  # γ of the loss weight min(SNR, γ) / SNR (Hang et al. 2023); 0: none
+    train_heredity: float  # probability that a sample starts from an inherited state
+    ema_decay: float
     more_ema_decays: tuple = ()  # further averages that are kept, to choose from after training
     ema_warmup: bool = True
-    train_heredity: float = 0  # probability that a sample starts from an inherited state
-    frozen_latents: bool = False
+    grad_norm: bool = False  # divide each parameter's gradient by its norm, as published
+    frozen_latents: bool = False  # one draw of mirror and posterior per image, as published
     multi_scale: bool = False
     checkpoint_steps: bool | None = None  # compute steps or blocks again in backward; None: as the model prefers
+    seed: int = 0
 
 
 def learning_rate(options, step, progress):
