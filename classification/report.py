@@ -23,7 +23,6 @@ THRESHOLDS = ("0.5", "validation")
 SAME_TRAINING = ("backbone", "pretrained", "pretrained_sha256", "image_size", "epochs", "steps_per_epoch",
                  "early_stopping", "global_batch_size", "optimizer", "lr", "weight_decay")  # of all rows of a table
 COLUMNS = {"sen": "Sen", "spe": "Spe", "auc": "AUC", "f1": "F1", "f1_sen_spe": "F1(sen/spe)", "ap": "mAP"}
-PAIRED = ("ap", "f1_sen_spe")  # the scores of the tests over folds × labels
 
 
 # ---- one fold
@@ -220,9 +219,7 @@ def _side(result, arrays, level):
     scores = at_level(level, arrays["scores"], _Stored(arrays))[0]
     limits = {"0.5": np.full(scores.shape[1], THRESHOLD),
               "validation": np.nan_to_num(arrays[f"{level}_thresholds"], nan=THRESHOLD)}
-    rows = result["levels"][level]
-    return {"scores": scores, "predicted": {name: scores >= limits[name] for name in rows},
-            "labels": {score: [row[score] for row in rows["0.5"]["labels"].values()] for score in PAIRED}}
+    return {"scores": scores, "predicted": {name: scores >= limits[name] for name in result["levels"][level]}}
 
 
 # ---- text

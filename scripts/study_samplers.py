@@ -70,8 +70,8 @@ class Study:
                 if any(about.items() <= point.items() for point in self.points):
                     continue
                 started = time.perf_counter()
-                found = self.score(model, codec, cells, sampler, steps)
-                self.add({**about, **found, "gflop_per_image": steps * cost / 1e9,
+                scores = self.score(model, codec, cells, sampler, steps)
+                self.add({**about, **scores, "gflop_per_image": steps * cost / 1e9,
                           "seconds_per_image": (time.perf_counter() - started) / self.args.images})
 
     def score(self, model, codec, cells, sampler, steps):

@@ -160,9 +160,8 @@ def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_p
     assert image["units"] == len(set(test.patients)) and image["permutations"] == 99
     difference = [f["summary"]["image"]["0.5"]["ap"]["mean"] for f in (found, results(baseline))]
     assert image["permutation"]["ap"]["difference"] == pytest.approx(difference[0] - difference[1])
-    assert 0.01 <= image["permutation"]["ap"]["p"] <= 1 and set(image["paired"]) == {"ap", "f1_sen_spe"}
-    defined = sum(test.labels.any(0))
-    assert image["paired"]["ap"]["pairs"] == 2 * defined and block["levels"]["eye"]["units"] == image["units"]
+    assert 0.01 <= image["permutation"]["ap"]["p"] <= 1
+    assert block["levels"]["eye"]["units"] == image["units"]
 
     assert call_script("classify.py", "--data-path", data, "--output", tmp_path / "x", *NET, "--fold", 0, "--baseline",
                        baseline).stderr.endswith("compare runs on the same data and folds\n")
