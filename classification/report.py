@@ -26,7 +26,6 @@ LEVELS, THRESHOLDS = ("image", "eye"), ("0.5", "validation")
 SAME_TRAINING = ("backbone", "pretrained", "pretrained_sha256", "image_size", "epochs", "steps_per_epoch",
                  "early_stopping", "global_batch_size", "optimizer", "lr", "weight_decay")  # of all rows of a table
 COLUMNS = {"sen": "Sen", "spe": "Spe", "auc": "AUC", "f1": "F1", "f1_sen_spe": "F1(sen/spe)", "ap": "mAP"}
-PAIRED = ("ap", "f1_sen_spe")  # the scores of the tests over folds × labels
 
 
 # ---- images and eyes
@@ -233,8 +232,7 @@ def _compared(result, arrays, level):
     """What `metrics.significance.compare` takes of one fold of one model: its result and its saved predictions."""
     scores, rows = saved_at_level(level, arrays).scores, result["levels"][level]
     thresholds = {"0.5": THRESHOLD, "validation": np.nan_to_num(arrays[f"{level}_thresholds"], nan=THRESHOLD)}
-    return {"scores": scores, "predicted": {name: scores >= thresholds[name] for name in rows},
-            "labels": {score: [row[score] for row in rows["0.5"]["labels"].values()] for score in PAIRED}}
+    return {"scores": scores, "predicted": {name: scores >= thresholds[name] for name in rows}}
 
 
 # ---- text

@@ -57,7 +57,7 @@ class TimmFeatures:
 
     Per image, as timm's transform does on PIL images: the short side is resized (most often bicubic or bilinear,
     with antialias) to the model's size divided by its crop share, the centre of that size is taken, values go to
-    [0, 1] and are normalised by the model's mean and deviation. `preprocessing` has its numbers.
+    [0, 1] and are normalised by the model's mean and standard deviation. `preprocessing` has its numbers.
     """
 
     model = None  # timm's name of it, where a subclass knows it
@@ -100,7 +100,7 @@ class DinoFeatures(TimmFeatures):
     """`dinov2`: the class token (768), after the last norm, of DINOv2 ViT-B/14; the space of the paper's GG.
 
     As FLD does it: the image, square already, is resized to 224 × 224, bicubic with antialias, nothing is cropped
-    away, values go to [0, 1] and are normalised by ImageNet's mean and deviation.
+    away, values go to [0, 1] and are normalised by ImageNet's mean and standard deviation.
     """
 
     model, size = "vit_base_patch14_dinov2.lvd142m", 224
@@ -124,7 +124,8 @@ class ClipFeatures(TimmFeatures):
     """`clip`: the image embedding (512) of OpenAI's CLIP ViT-B/32, after the projection, not normalised, as in FLD.
 
     timm's model with QuickGELU, as it was trained, in float32. The short side is resized to 224, bicubic with
-    antialias, the centre 224 × 224 taken, values go to [0, 1] and are normalised by CLIP's mean and deviation.
+    antialias, the centre 224 × 224 taken, values go to [0, 1] and are normalised by CLIP's mean and standard
+    deviation.
     """
 
     model, own_head, size = "vit_base_patch32_clip_quickgelu_224.openai", True, 224
@@ -134,7 +135,7 @@ class ClassifierFeatures:
     """A checkpoint of classify.py (FILE.pt): what its network gives its last layer, pooled.
 
     The classifier prepares the images as it does when it classifies: the central square by the ADM recipe at its own
-    image size, values in [0, 1], normalised by its backbone's mean and deviation. It has seen retinas only.
+    image size, values in [0, 1], normalised by its backbone's mean and standard deviation. It has seen retinas only.
     """
 
     def __init__(self, path, device="cpu"):

@@ -175,8 +175,7 @@ def fit(name, kinds, sizes, device="cpu", batch_size=32):
     codec = _open_autoencoder(name, device)
     for paths in kinds:
         check_images(paths)
-    groups = []
-    total = len(sizes) * sum(map(len, kinds))
+    groups, total = [], len(sizes) * sum(map(len, kinds))
     with tqdm(total=total, desc=f"scale of {name}", unit="image", disable=None) as bar:
         for size, paths in itertools.product(sizes, kinds):
             groups.append([])
@@ -196,15 +195,15 @@ def whitening(groups):
 
     Along each axis the images of one kind have variance 1, pooled over the kinds, and no two axes are correlated.
     What sets the kinds apart (OCT from fundus, 64 from 256 pixels) is left out of the measure, so it stays large.
-    The axes are the first COMPONENTS principal ones after each statistic was divided by its own deviation. Nothing
-    is blown up: one that hardly varies is given 1 % of the median deviation, and axes with less than 1e-6 of the
-    largest variance, where rounding is seen, are dropped.
+    The axes are the first COMPONENTS principal ones after each statistic was divided by its own standard deviation.
+    Noise is not amplified: a statistic that hardly varies is divided by 1 % of the median standard deviation, and axes
+    with less than 1e-6 of the largest variance, where rounding is seen, are dropped.
     """
     within = torch.cat([group - group.mean(0) for group in groups])
     std = within.square().mean(0).sqrt()
     std = std.clamp(min=0.01 * std.median())
-    _, deviation, axes = torch.linalg.svd(within / std, full_matrices=False)
-    variance = deviation**2 / len(within)
+    _, singular, axes = torch.linalg.svd(within / std, full_matrices=False)
+    variance = singular**2 / len(within)
     kept = (variance > 1e-6 * variance[0]).nonzero().flatten()[:COMPONENTS]
     return torch.cat(groups).mean(0), (axes[kept] / (variance[kept, None].sqrt() * std)).T
 

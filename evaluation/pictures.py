@@ -1,4 +1,4 @@
-"""The picture of real images beside generated ones that were asked for the same labels."""
+"""The pictures of an evaluation: real images beside generated ones, samples below their nearest training images."""
 
 import numpy as np
 import torch
@@ -7,10 +7,10 @@ from core.random import generator
 from dataset.images import load_image
 from dataset.pictures import caption, stack
 
-SHOWN = 8  # images of each set
+SHOWN = 8  # images of each set, and pairs in a row
 
 
-def picture(real, generated, label_names, image_size, seed):
+def side_by_side(real, generated, label_names, image_size, seed):
     """Real images on top, generated ones below, under each what it shows; columns share it where possible.
 
     `real`: LabelledImages, `generated`: a list of them. Which images: chosen at random, but each label combination once
@@ -19,18 +19,18 @@ def picture(real, generated, label_names, image_size, seed):
     def order(n, *purpose):
         return torch.randperm(n, generator=generator(seed, "picture", *purpose)).tolist()
 
-    def open_images(s, indices):
-        return [None if i is None else load_image(s.paths[i], image_size) for i in indices]
+    def images_of(images, indices):
+        return [None if i is None else load_image(images.paths[i], image_size) for i in indices]
 
-    def captions(s, indices):
-        return ["" if i is None or s.labels is None else caption(s.labels[i], label_names) for i in indices]
+    def captions_of(images, indices):
+        return ["" if i is None or images.labels is None else caption(images.labels[i], label_names) for i in indices]
 
     sets = [real, *generated]
     titles = ["real", *(s.about.get("model") or f"generated {i + 1}" for i, s in enumerate(generated))]
     chosen = [different(real.labels, order(len(real), "real"))[:SHOWN]]
     for i, s in enumerate(generated):
         chosen.append(match(real.labels[chosen[0]], s.labels, order(len(s), i)))
-    return stack([*map(open_images, sets, chosen)], titles, [*map(captions, sets, chosen)], len(chosen[0]))
+    return stack([*map(images_of, sets, chosen)], titles, [*map(captions_of, sets, chosen)], len(chosen[0]))
 
 
 def different(labels, order):
@@ -41,10 +41,22 @@ def different(labels, order):
 
 def match(wanted, labels, order):
     """For each row of `wanted` (n, K) the index of an image with these labels, else of another, else None."""
-    free, found = list(order), []
+    free, chosen = list(order), []
     for row in wanted:
         hit = next((i for i in free if labels is not None and np.array_equal(labels[i], row)), None)
-        found.append(hit)
+        chosen.append(hit)
         if hit is not None:
             free.remove(hit)
-    return [free.pop(0) if i is None and free else i for i in found]
+    return [free.pop(0) if i is None and free else i for i in chosen]
+
+
+def closest(pairs, generated_paths, training_paths, image_size):
+    """Training images above the samples that are nearest to them, and below these the distances -> PIL image.
+
+    pairs: dicts as in results.json, of `sample` and `training` (indices of files), `distance` and `lpips` (or None).
+    """
+    images = [[load_image(training_paths[pair["training"]], image_size) for pair in pairs],
+              [load_image(generated_paths[pair["sample"]], image_size) for pair in pairs]]
+    captions = [f"{pair['distance']:.3g}" + (f", LPIPS {pair['lpips']:.2f}" if pair["lpips"] is not None else "")
+                for pair in pairs]
+    return stack(images, ["training", "generated"], [[""] * len(pairs), captions], min(SHOWN, len(pairs)))

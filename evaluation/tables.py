@@ -80,7 +80,7 @@ def _best(cell):
 
 
 def over(values, spread=None, scale=1.0, digits=2):
-    """Scores of one method -> Cell: mean ± deviation (n − 1) of several, or the one with its own spread."""
+    """Scores of one method -> Cell: mean ± standard deviation (n − 1) of several, or the one with its own spread."""
     values = [scale * v for v in values if v is not None]
     if not values:
         return Cell(None)

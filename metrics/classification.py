@@ -18,15 +18,15 @@ THRESHOLD = 0.5  # a probability from here on means that the label is there, as 
 def label_scores(scores, labels, threshold=THRESHOLD):
     """One label: probabilities (n,) and truth (n,) of 0/1 -> SCORES, and how many images have it and have not."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels).astype(int)
-    found = {"positives": int(labels.sum()), "negatives": int((1 - labels).sum())}
-    if not all(found.values()):
-        return found | dict.fromkeys(SCORES)
+    counts = {"positives": int(labels.sum()), "negatives": int((1 - labels).sum())}
+    if not all(counts.values()):
+        return counts | dict.fromkeys(SCORES)
     predicted = (scores >= threshold).astype(int)
     sen, spe = recall_score(labels, predicted), recall_score(labels, predicted, pos_label=0)
-    return found | {"sen": float(sen), "spe": float(spe), "auc": float(roc_auc_score(labels, scores)),
-                    "f1": float(f1_score(labels, predicted, zero_division=0)),
-                    "f1_sen_spe": float(harmonic_mean(sen, spe)),
-                    "ap": float(average_precision_score(labels, scores))}
+    return counts | {"sen": float(sen), "spe": float(spe), "auc": float(roc_auc_score(labels, scores)),
+                     "f1": float(f1_score(labels, predicted, zero_division=0)),
+                     "f1_sen_spe": float(harmonic_mean(sen, spe)),
+                     "ap": float(average_precision_score(labels, scores))}
 
 
 def harmonic_mean(a, b):
@@ -43,21 +43,21 @@ def all_scores(scores, labels, label_names, thresholds=None):
     that is 0 the means are None.
     """
     thresholds = thresholds or [None] * len(label_names)
-    found = {name: label_scores(scores[:, k], labels[:, k], THRESHOLD if t is None else t)
-             for k, (name, t) in enumerate(zip(label_names, thresholds, strict=True))}
-    defined = [row for row in found.values() if row["ap"] is not None]
+    rows = {name: label_scores(scores[:, k], labels[:, k], THRESHOLD if t is None else t)
+            for k, (name, t) in enumerate(zip(label_names, thresholds, strict=True))}
+    defined = [row for row in rows.values() if row["ap"] is not None]
     macro = {key: float(np.mean([row[key] for row in defined])) if defined else None for key in SCORES}
-    return {"labels": found, "macro": macro | {"labels": len(defined)}}
+    return {"labels": rows, "macro": macro | {"labels": len(defined)}}
 
 
 def choose_thresholds(scores, labels):
     """The threshold of each label that maximises F1(sen/spe) on these (validation) images: K numbers.
 
     Half-way between two neighbouring scores; of several best ones that nearest to 0.5. None for a label that has no
-    positive or no negative image, or of which no threshold tells anything.
+    positive or no negative image, or where every threshold gives 0.
     """
-    return [_best_threshold(np.asarray(scores[:, k], np.float64), np.asarray(labels[:, k])) for k in
-            range(np.shape(labels)[1])]
+    return [_best_threshold(np.asarray(scores[:, k], np.float64), np.asarray(labels[:, k]))
+            for k in range(np.shape(labels)[1])]
 
 
 def _best_threshold(scores, labels):
@@ -65,7 +65,7 @@ def _best_threshold(scores, labels):
         return None
     fpr, tpr, values = roc_curve(labels, scores, drop_intermediate=False)  # values: inf, then the scores, descending
     reached = harmonic_mean(tpr, 1 - fpr)
-    if reached.max() == 0:  # all scores are equal, or the order is upside down
+    if reached.max() == 0:  # all scores are equal, or every negative image scores above every positive one
         return None
     between = np.append((values[:-1] + values[1:]) / 2, values[-1])
     best = between[reached == reached.max()]  # neither inf nor the lowest score: there one of the two is 0
@@ -82,8 +82,8 @@ def eyes(scores, labels, eye_ids):
         raise UserError(f"{len(eye_ids)} names of eyes, expected one for each of {len(scores)} images")
     names = list(dict.fromkeys(eye_ids))
     places = {name: i for i, name in enumerate(names)}
-    owner = np.array([places[name] for name in eye_ids])
-    found = [np.full((len(names), array.shape[1]), -np.inf) for array in (scores, labels)]
-    for highest, array in zip(found, (scores, labels), strict=True):
-        np.maximum.at(highest, owner, array)
-    return *found, names
+    owner = np.array([places[name] for name in eye_ids])  # (n,): the eye of each image
+    highest = [np.full((len(names), array.shape[1]), -np.inf) for array in (scores, labels)]
+    for maximum, array in zip(highest, (scores, labels), strict=True):
+        np.maximum.at(maximum, owner, array)
+    return *highest, names

@@ -21,12 +21,12 @@ from metrics.blocks import blocks, check_features, moments, squared_distances
 
 CENTRES = 10_000  # generated features that are used, at most
 BATCH = 10_000  # training features per step of the fit
-EPOCHS, RATE = 50, 0.5  # of the fit, by Adam
+EPOCHS, LEARNING_RATE = 50, 0.5  # of the fit, by Adam
 STILL = 5e-4  # the fit ends when the last FLAT losses lie as close as this to the newest, after epoch FIRST
 FLAT, FIRST = 5, 6
 LIMIT = 40.0  # log-variances stay in [-LIMIT, LIMIT]
-ORIGIN = 0.81  # factor on the squared distances of the origin component
-ENTRIES = 2**22  # of a matrix of distances in work at a time: 32 MB
+ORIGIN = 0.9**2  # factor on the squared distances of the origin component
+ENTRIES = 2**18  # of a matrix of distances in work at a time: 2 MB, which stay in the processor's cache
 KEPT = 2**25  # entries of a matrix that is kept through all epochs: 256 MB; a larger one is computed in each
 
 
@@ -44,10 +44,10 @@ class Likelihoods:
 def fld(train, test, generated, seed=0, device="cpu", baseline=None):
     """Features (n, d), (m, d), (k, d) -> Likelihoods. Raises UserError for fewer than 4, 2 and 1 of them.
 
-    All are standardised by the test set's mean and deviation. `seed`: of the halves of `train` in the baseline, and
-    of which centres and batches, when there are more than 10,000. The baseline of the same train, test and seed may
-    be given, e.g. from another generator's result. Its halves are chance: over splits of 400 features of 64
-    dimensions FLD varies by 0.4. GG has no part in that.
+    All are standardised by the test set's mean and standard deviation. `seed` decides how `train` is divided for the
+    baseline, and which centres and batches are drawn when there are more than 10,000. The baseline of the same train,
+    test and seed may be given, e.g. from another generator's result. It depends on the division: over divisions of 400
+    features of 64 dimensions FLD varies by 0.4. GG does not.
     """
     train, test, generated = check_features(1, train=train, test=test, generated=generated)
     check_features(4, train=train)
@@ -86,89 +86,73 @@ def _standardiser(test, device):
 
 
 def _fit(centres, train, standardise, seed):
-    """The log-variance of each of m centres (m, d) that makes the training features likely -> (m,)."""
-    d = centres.shape[1]
-    distances, nearest, origin = _distances(centres, train, standardise)
-    log_variances = ((nearest + 1e-3) / d).log()
-    origin_log_variance = torch.zeros(1, dtype=torch.float64, device=centres.device)
-    adam = torch.optim.Adam([log_variances, origin_log_variance], lr=RATE)
+    """The log-variance of each of m centres (m, d) that makes the training features likely -> (m,).
+
+    Minimised is the mean over the training features of −log(Σ_j N(x; centre_j, σ_j²) / m + N(0.9 x; 0, σ²)) / d. The
+    second term, a component at the origin, takes the features that no centre is near, so that no centre grows wide for
+    their sake; it is dropped after the fit. Autograd goes through the squared distances alone, block by block.
+    """
+    n, (m, d) = len(train), centres.shape
+    distances, nearest = _distances(centres, train, standardise)
+    log_variances = torch.cat([((nearest + 1e-3) / d).log(), nearest.new_zeros(1)])  # (m + 1,), the origin last
+    log_weights = torch.full_like(log_variances, -math.log(m))
+    log_weights[-1] = 0
+    adam = torch.optim.Adam([log_variances.requires_grad_()], lr=LEARNING_RATE)
     losses = []
     for epoch in range(EPOCHS):
-        order, total = torch.arange(len(train)), 0.0
-        if len(train) > BATCH:
-            order = torch.randperm(len(train), generator=generator(seed, "fld batches", epoch))
+        order, total = torch.arange(n), 0.0
+        if n > BATCH:
+            order = torch.randperm(n, generator=generator(seed, "fld batches", epoch))
         for batch in order.split(BATCH):
-            loss, *gradients = 0.0, torch.zeros_like(log_variances), torch.zeros_like(origin_log_variance)
-            for rows in batch.split(_rows(len(centres))):
-                part, *parts = _loss(distances(rows), origin[rows], log_variances, origin_log_variance, d)
-                loss += part
-                for gradient, share in zip(gradients, parts, strict=True):
-                    gradient += share / (len(batch) * d)
-            total += loss / d
-            log_variances.grad, origin_log_variance.grad = gradients
+            adam.zero_grad()
+            for rows in batch.split(_rows(m)):
+                log_parts = log_weights + _log_normal(distances(rows), log_variances, d)  # (b, m + 1)
+                loss = -log_parts.logsumexp(1).sum() / d
+                (loss / len(batch)).backward()
+                total += loss.item()
             adam.step()
-            log_variances.clamp_(-LIMIT, LIMIT)
-            origin_log_variance.clamp_(-LIMIT, LIMIT)
-        losses.append(total / len(train))
+            with torch.no_grad():
+                log_variances.clamp_(-LIMIT, LIMIT)
+        losses.append(total / n)
         if len(losses) > FIRST and max(abs(loss - losses[-1]) for loss in losses[-FLAT:]) < STILL:
             break
-    return log_variances
+    return log_variances.detach()[:-1]
 
 
 def _distances(centres, train, standardise):
-    """Squared distances of training features: a function from indices to (rows, m); to the nearest, per centre; to
-    the origin, (n, 1), reduced by ORIGIN.
+    """Squared distances from n training features to m centres and, as the last column, to the origin.
 
-    The fit needs nothing else. They are kept if they fit in KEPT, else each epoch computes them from the features.
+    The fit needs nothing else of the features. Returns a function from b indices to (b, m + 1), and the distance of
+    each centre to its nearest training feature (m,). The origin is the mean of the training features. The matrix is
+    kept if it fits in KEPT, else each epoch computes it again.
     """
     n, m = len(train), len(centres)
-    mean = standardise(train.mean(0, dtype="float64")[None])
-    kept = torch.empty(n, m, dtype=torch.float64, device=centres.device) if n * m <= KEPT else None
-    nearest = torch.full((m,), math.inf, dtype=torch.float64, device=centres.device)
-    origin = torch.empty(n, 1, dtype=torch.float64, device=centres.device)
-    for rows in blocks(n, _rows(m)):
+    origin = standardise(train.mean(0, dtype="float64")[None])
+
+    def compute(rows):
         x = standardise(train[rows])
-        found = squared_distances(x, centres)
-        nearest = torch.minimum(nearest, found.amin(0))
-        origin[rows] = ORIGIN * squared_distances(x, mean)
+        return torch.cat([squared_distances(x, centres), ORIGIN * squared_distances(x, origin)], 1)
+
+    kept = torch.empty(n, m + 1, dtype=torch.float64, device=centres.device) if n * m <= KEPT else None
+    nearest = torch.full((m,), math.inf, dtype=torch.float64, device=centres.device)
+    for rows in blocks(n, _rows(m)):
+        part = compute(rows)
+        nearest = torch.minimum(nearest, part[:, :-1].amin(0))
         if kept is not None:
-            kept[rows] = found
+            kept[rows] = part
     if kept is not None:
-        return (lambda rows: kept if len(rows) == n else kept[rows]), nearest, origin
-    return (lambda rows: squared_distances(standardise(train[rows.numpy()]), centres)), nearest, origin
+        return (lambda rows: kept if len(rows) == n else kept[rows]), nearest
+    return (lambda rows: compute(rows.numpy())), nearest
 
 
 def _rows(centres):
-    """How many training features are compared with all centres at a time."""
+    """How many features are compared with all centres at a time."""
     return max(1, ENTRIES // centres)
 
 
-def _loss(distances, origin, log_variances, origin_log_variance, d):
-    """Sum over n features of −log(Σ_j N(x; centre_j, σ_j²) / m + N(x; origin, σ²)), and its gradients.
-
-    distances (n, m), origin (n, 1) -> a number, (m,), (1,). The origin component takes the features that no centre
-    is near, lest a centre grow wide for their sake. It counts in the fit only, and without a weight.
-    By a log-variance s, log N changes by (distance · exp(−s) − d) / 2 times the component's share in the sum.
-    """
-    scaled = _log_normal(distances, log_variances, d, -math.log(len(log_variances)))  # (n, m)
-    alone = _log_normal(origin, origin_log_variance, d)  # (n, 1)
-    highest = torch.maximum(scaled.amax(1, keepdim=True), alone)
-    shares = scaled.sub_(highest).exp_()  # in place, as all below: allocating would take as long as computing
-    origin_shares = (alone - highest).exp()
-    total = shares.sum(1, keepdim=True) + origin_shares
-    loss = -(total.log() + highest).sum().item()
-    weights = 1 / total[:, 0]  # (n,)
-    origin_shares = origin_shares[:, 0] * weights
-    share = weights @ shares  # (m,)
-    reach = weights @ shares.mul_(distances)
-    gradient = (share * d - reach * (-log_variances).exp()) / 2
-    origin_reach = (origin_shares @ origin) * (-origin_log_variance).exp()
-    return loss, gradient, (origin_shares.sum() * d - origin_reach) / 2
-
-
-def _log_normal(distances, log_variances, d, add=0.0):
-    """log N(x; centre, exp(log_variance) · 1) + add, from squared distances (n, m) in d dimensions."""
-    constant = add - d / 2 * (log_variances + math.log(2 * math.pi))
+def _log_normal(distances, log_variances, d):
+    """log N(x; centre, exp(log_variance) · 1) from squared distances (n, m) in d dimensions."""
+    constant = -d / 2 * (log_variances + math.log(2 * math.pi))
     return torch.addcmul(constant, distances, -0.5 * (-log_variances).exp())
 
 
@@ -177,5 +161,5 @@ def _mean_nll(centres, log_variances, features, standardise):
     total, (m, d) = 0.0, centres.shape
     for rows in blocks(len(features), _rows(m)):
         distances = squared_distances(standardise(features[rows]), centres)
-        total -= _log_normal(distances, log_variances, d, -math.log(m)).logsumexp(1).sum().item()
-    return total / (len(features) * d)
+        total -= _log_normal(distances, log_variances, d).logsumexp(1).sum().item()
+    return (total / len(features) + math.log(m)) / d

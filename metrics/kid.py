@@ -67,19 +67,19 @@ def draw_subsets(n_real, n_generated, subset_size, subsets, seed):
 
 def check_subset_size(subset_size, **counts):
     """Raise UserError unless subsets of this size can be drawn; counts: real=80, generated=80, ..."""
-    found = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    images = ", ".join(f"{n} {kind}" for kind, n in counts.items())
     if subset_size < 2:
-        raise UserError(f"KID subsets of {subset_size}: found {found} images, expected subsets of at least 2 "
+        raise UserError(f"KID subsets of {subset_size}: found {images} images, expected subsets of at least 2 "
                         "(a fourth of the generated images); generate 8 or more, or give --subset-size")
     if subset_size > min(counts.values()):
-        raise UserError(f"KID subsets of {subset_size}: found {found} images, expected no set smaller than "
+        raise UserError(f"KID subsets of {subset_size}: found {images} images, expected no set smaller than "
                         f"a subset; give --subset-size {min(counts.values())} or smaller")
 
 
-def kid(real, generated, subset_size, subsets=100, seed=0):
+def kid(real, generated, subset_size, subsets=SUBSETS, seed=0):
     """Features (n, d), (m, d) -> mean and standard deviation of the squared MMD over random subsets.
 
-    The deviation divides by `subsets`, as torchmetrics' KernelInceptionDistance does. The subsets overlap: it
+    The standard deviation divides by `subsets`, as torchmetrics' KernelInceptionDistance does. The subsets overlap: it
     describes the spread of one subset's estimate, not the uncertainty of the mean.
     """
     check_subset_size(subset_size, real=len(real), generated=len(generated))

@@ -53,7 +53,7 @@ def _squared_radii(x, k, distances):
     for rows, columns, squared in tiles(distances, x):
         if rows == columns:
             np.fill_diagonal(squared, np.inf)
-        for place, found in ((rows, squared), (columns, squared.T))[:1 if rows == columns else 2]:
-            joined = np.concatenate([nearest[place], found], axis=1)
+        for place, block in ((rows, squared), (columns, squared.T))[:1 if rows == columns else 2]:
+            joined = np.concatenate([nearest[place], block], axis=1)
             nearest[place] = np.partition(joined, k - 1, axis=1)[:, :k]
     return nearest.max(1)

@@ -1,11 +1,9 @@
-"""Is one classifier better than another? Paired tests on the predictions of both for the same test images.
+"""Is one classifier better than another? A permutation test on the predictions of both for the same test images.
 
-`compare` gives three: a permutation test on mAP and on macro F1(sen/spe), and a paired t-test and Wilcoxon's signed
-rank test over folds × labels. The last two take folds and labels for independent, which they are not (all folds are
-tested on the same images): they say too much. The permutation test does not, given the trained networks; its
-hypothesis is that it does not matter which of the two models made which prediction (for mAP: gave which rank). Beside
-it `bootstrap` gives intervals. Units (patients) are swapped and drawn whole, because images of one patient resemble
-each other.
+`compare` tests mAP and macro F1(sen/spe). The hypothesis, given the trained networks, is that it does not matter which
+of the two models made which prediction (for mAP: gave which rank). Nothing is assumed of folds and labels, which are
+not independent: all folds are tested on the same images. `bootstrap` gives intervals. Units (patients) are swapped and
+drawn whole, because images of one patient resemble each other.
 """
 
 import numpy as np
@@ -18,7 +16,7 @@ from metrics.classification import harmonic_mean
 PERMUTATIONS = 50_000  # **** after Holm's correction for four methods needs 40,000
 REPLICATES = 1000
 STARS = ((1e-4, "****"), (1e-3, "***"), (1e-2, "**"), (5e-2, "*"))  # as in the paper's Table 2
-AT_ONCE = 500  # permutations; what they need at a time stays in the cache of the processor
+AT_ONCE = 500  # permutations; what they need at a time stays in the processor's cache
 
 
 def stars(p):
@@ -142,22 +140,6 @@ def over_folds(differences):
     return lambda swap: np.mean([difference(swap) for difference in differences], axis=0)
 
 
-# ---- tests over folds × labels
-
-
-def paired_tests(ours, theirs):
-    """Scores of both models over folds × labels, of equal shapes -> p of the paired t-test and of Wilcoxon's test.
-
-    Pairs in which one is None are left out. p is None where fewer than two pairs are left or nothing varies.
-    """
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    differences = np.array([a - b for a, b in pairs])
-    if len(pairs) < 2 or np.ptp(differences) == 0:
-        return {"pairs": len(pairs), "t_test": None, "wilcoxon": None}
-    t_test = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
-    return {"pairs": len(pairs), "t_test": float(t_test), "wilcoxon": float(stats.wilcoxon(differences).pvalue)}
-
-
 # ---- intervals
 
 
@@ -174,8 +156,8 @@ def bootstrap(scores, labels, thresholds=0.5, units=None, replicates=REPLICATES,
     sen, spe, f1 = threshold_scores(scores >= np.asarray(thresholds), labels, weights)
     counts = [tuple(cumulative(scores[:, k], labels[:, k], weights)) for k in range(labels.shape[1])]
     ap, auc = (np.stack([score(*count) for count in counts], axis=1) for score in (average_precision, roc_auc))
-    found = {"sen": sen, "spe": spe, "auc": auc, "f1": f1, "f1_sen_spe": harmonic_mean(sen, spe), "ap": ap}
-    return {key: _interval(values, level) for key, values in found.items()}
+    scores = {"sen": sen, "spe": spe, "auc": auc, "f1": f1, "f1_sen_spe": harmonic_mean(sen, spe), "ap": ap}
+    return {name: _interval(values, level) for name, values in scores.items()}
 
 
 def _interval(values, level):
@@ -186,25 +168,22 @@ def _interval(values, level):
     return np.percentile(np.nanmean(kept, axis=1), [50 * (1 - level), 50 * (1 + level)]).tolist()
 
 
-# ---- all of it
+# ---- comparison of two models
 
 
 def compare(ours, theirs, labels, units, permutations=PERMUTATIONS, seed=0):
     """Two models with the same folds and test images -> differences, p-values and stars.
 
-    `ours`, `theirs`: for each fold a dict of `scores` (n, K), `predicted` (name of a threshold -> (n, K) of 0/1) and
-    `labels` (name of a score -> K values or None). `labels` (n, K) is the truth, `units` (n,) see `permutation_test`.
+    `ours`, `theirs`: for each fold a dict of `scores` (n, K) and `predicted` (name of a threshold -> (n, K) of 0/1).
+    `labels` (n, K) is the truth, `units` (n,) see `permutation_test`.
     """
-    pairs = list(zip(ours, theirs, strict=True))
-    tests = {"ap": [map_difference(a["scores"], b["scores"], labels) for a, b in pairs]}
+    folds = list(zip(ours, theirs, strict=True))
+    differences = {"ap": [map_difference(a["scores"], b["scores"], labels) for a, b in folds]}
     for name in ours[0]["predicted"]:
-        tests[f"f1_sen_spe@{name}"] = [f1_difference(a["predicted"][name], b["predicted"][name], labels)
-                                       for a, b in pairs]
-    found = {"units": len(set(units)), "permutations": permutations, "permutation": {}, "paired": {}}
-    for key, differences in tests.items():
-        difference, p = permutation_test(over_folds(differences), units, permutations, seed)
-        found["permutation"][key] = {"difference": difference, "p": p, "stars": stars(p)}
-    for key in ours[0]["labels"]:
-        flat = [[value for fold in model for value in fold["labels"][key]] for model in (ours, theirs)]
-        found["paired"][key] = paired_tests(*flat)
-    return found
+        differences[f"f1_sen_spe@{name}"] = [f1_difference(a["predicted"][name], b["predicted"][name], labels)
+                                             for a, b in folds]
+    tests = {}
+    for score, per_fold in differences.items():
+        difference, p = permutation_test(over_folds(per_fold), units, permutations, seed)
+        tests[score] = {"difference": difference, "p": p, "stars": stars(p)}
+    return {"units": len(set(units)), "permutations": permutations, "permutation": tests}

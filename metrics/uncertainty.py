@@ -1,4 +1,4 @@
-"""How far to trust a score: intervals over images, paired comparison of two generators, spread over runs.
+"""How certain is a score? Intervals over images, paired comparison of two generators, spread over runs.
 
 Intervals are made from half-samples: the score of half of each set, drawn without replacement, again and again.
 Around the score of all n images, the mean of n/2 of them varies as the mean of n images does around the truth:
@@ -26,7 +26,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Runs:
-    """Scores of n runs. std divides by n − 1; [low, high] holds the mean of all possible runs. None where n is 1."""
+    """Scores of n runs. std divides by n − 1; [low, high] is an interval of their expectation. None where n is 1."""
 
     n: int
     mean: float
@@ -36,7 +36,7 @@ class Runs:
     high: float | None
 
 
-def bootstrap(statistic, *sets, draws=200, seed=0, level=0.95):
+def subsample_interval(statistic, *sets, draws=200, seed=0, level=0.95):
     """`statistic(*sets)` -> a number, and its interval over the images of all sets, by half-samples (above).
 
     sets: arrays of features (n_i, ...), each of at least 4 rows. A set that is not to vary belongs in `statistic`.
@@ -50,7 +50,7 @@ def bootstrap(statistic, *sets, draws=200, seed=0, level=0.95):
 
 
 def kid_interval(real, generated, draws=RESAMPLES, seed=0, level=0.95):
-    """The same for KID, as fast as one pass over the kernel: (n, d), (m, d) -> like `bootstrap`.
+    """The same for KID, as fast as one pass over the kernel: (n, d), (m, d) -> like `subsample_interval`.
 
     "value" is the unbiased estimate from all images; KID over subsets has the same expectation, so the interval holds
     for it as well. Where two sets are alike, KID's variance is of order 1/n², not 1/n, and half-samples give three
@@ -131,11 +131,10 @@ def over_runs(values, level=0.95):
     return Runs(n, mean, std, std / math.sqrt(n), mean - reach, mean + reach)
 
 
-def images_needed(images, half_width, wanted, power=0.5):
-    """How many images (of each set) would bring the half-width of an interval, or a standard error, down to `wanted`.
+def images_needed(images, error, wanted):
+    """How many images (of each set) would bring the standard error of a score down to `wanted`.
 
-    Half-widths fall as images^−power: ½ for a score far from its noise floor and for all means; 1 for a KID near its
-    floor, where ½ asks for more than is needed. `wanted` > 0, e.g. a tenth of the score, or its distance to the noise
-    floor. Never fewer than `images` if `half_width` is above `wanted`.
+    Errors fall with the root of the number of images. That of a KID near its noise floor falls faster: there this is
+    more than is needed. `wanted` > 0, e.g. a tenth of the distance to the noise floor.
     """
-    return math.ceil(images * (half_width / wanted) ** (1 / power))
+    return math.ceil(images * (error / wanted) ** 2)

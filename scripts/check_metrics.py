@@ -33,45 +33,53 @@ NOISE = 20  # standard deviation in grey values
 def main():
     args = parser().parse_args()
     make_folder(args.output, "--output")
-    sets = make_sets(args)
+    folders = make_sets(args.real, args.other, args.fold, args.image_size, args.global_seed, args.output / "sets")
     command = [sys.executable, str(Path(__file__).resolve().parent.parent / "evaluate.py"), "--real", str(args.real),
                "--fold", str(args.fold), "--image-size", str(args.image_size), "--features", args.features,
                "--lpips", args.lpips, "--global-seed", str(args.global_seed), "--output", str(args.output),
-               "--gen", *map(str, sets)]
+               "--gen", *map(str, folders)]
     if subprocess.run(command, check=False).returncode:
         raise UserError("evaluate.py failed, see above")
     rows = {Path(row["folder"]).name: row for row in json.loads((args.output / "results.json").read_text())["rows"]
             if row["kind"] == "generated"}
-    kept = [promise(name, value) for name, value in promises(rows).items()]
-    sys.exit(0 if all(kept) else 1)
+    outcomes = promises(rows)
+    for name, kept in outcomes.items():
+        print(f"{'kept  ' if kept else 'BROKEN'}  {name}")
+    sys.exit(0 if all(outcomes.values()) else 1)
 
 
-def make_sets(args):
-    """Write the sets -> their folders."""
-    test, train = read_split(args.real, "test"), read_split(args.real, f"train_{args.fold}")
-    count = min(len(test), len(read_split(args.real, f"val_{args.fold}")), len(train))
-    other = read_split(args.other, "test") if args.other else None
-    if other is not None and len(other) < count:
-        raise UserError(f"--other {args.other}: has {len(other)} test images, expected at least {count}")
-    sources = {"independent": (test, lambda image, g: image), "blurred": (test, blur), "noisy": (test, noise),
-               "copies": (train, lambda image, g: image)}
+def make_sets(real, other, fold, image_size, seed, output):
+    """Write the sets of images below `output` -> their folders. real, other: data roots; other may be None."""
+    test, train, validation = (read_split(real, name) for name in ("test", f"train_{fold}", f"val_{fold}"))
+    count = min(len(test), len(validation), len(train))
+    sources = {"independent": (test, unchanged), "blurred": (test, blur), "noisy": (test, noise),
+               "copies": (train, unchanged)}
     if other is not None:
-        sources["other"] = (other, lambda image, g: image)
-    return [write_set(args, name, split, count, change) for name, (split, change) in sources.items()]
+        other_test = read_split(other, "test")
+        if len(other_test) < count:
+            raise UserError(f"--other {other}: has {len(other_test)} test images, expected at least {count}")
+        sources["other"] = (other_test, unchanged)
+    for name, (split, change) in sources.items():
+        chosen = torch.randperm(len(split), generator=generator(seed, "check", split.path.name))[:count].numpy()
+        images = [change(Image.fromarray(load_image(split.image_paths[i], image_size)),
+                         generator(seed, "check", name, k)) for k, i in enumerate(chosen)]
+        known = split.label_names == validation.label_names
+        labels = split.labels[chosen] if known else np.zeros((count, len(validation.label_names)))
+        write_set(output / name, images, labels, validation.label_names, f"val_syn_{fold}")
+    return [output / name for name in sources]
 
 
-def write_set(args, name, split, count, change):
-    folder = args.output / "sets" / name
+def write_set(folder, images, labels, label_names, csv_name):
+    """Write a folder like those of sample_ddp_val.py."""
     make_folder(folder / "gen_samples_val", "--output")
-    chosen = torch.randperm(len(split), generator=generator(args.global_seed, "check", split.path.name))[:count]
-    names = [f"gen_samples_val/{i:06d}.png" for i in range(count)]
-    for file, i in zip(names, chosen.tolist(), strict=True):
-        image = Image.fromarray(load_image(split.image_paths[i], args.image_size))
-        change(image, generator(args.global_seed, "check", name, i)).save(folder / file)
-    known = read_split(args.real, f"val_{args.fold}").label_names
-    labels = split.labels[chosen.numpy()] if split.label_names == known else np.zeros((count, len(known)))
-    write_split(folder, f"val_syn_{args.fold}", names, labels, known, names)
-    return folder
+    names = [f"gen_samples_val/{i:06d}.png" for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        image.save(folder / name)
+    write_split(folder, csv_name, names, labels, label_names, names)
+
+
+def unchanged(image, _):
+    return image
 
 
 def blur(image, _):
@@ -93,7 +101,7 @@ def promises(rows):
 
     independent, copies = rows["independent"], rows["copies"]
     noise_of_kid = 3 * independent["kid"][space]["standard_error"]
-    found = {
+    kept = {
         "KID of independent real images is 0 up to three standard errors": abs(kid("independent")) < noise_of_kid,
         "KID of copied training images is as small: it cannot see copies": abs(kid("copies")) < noise_of_kid,
         "KID of blurred images is larger": kid("blurred") > kid("independent") + noise_of_kid,
@@ -111,20 +119,12 @@ def promises(rows):
             < independent["fidelity"][space]["coverage"],
     }
     if "other" in rows:
-        found |= {"KID of another modality is the largest": kid("other") == max(map(kid, rows)),
-                  "precision of another modality is near 0": rows["other"]["fidelity"][space]["precision"] < 0.1}
+        kept |= {"KID of another modality is the largest": kid("other") == max(map(kid, rows)),
+                 "precision of another modality is near 0": rows["other"]["fidelity"][space]["precision"] < 0.1}
     if independent["lpips"]:
-        def lpips(name):
-            return rows[name]["lpips"]["mean"]
-
-        found["LPIPS diversity: blurred < independent < noisy"] = (
-            lpips("blurred") < lpips("independent") < lpips("noisy"))
-    return found
-
-
-def promise(name, value):
-    print(f"{'kept  ' if value else 'BROKEN'}  {name}")
-    return value
+        blurred, plain, noisy = (rows[name]["lpips"]["mean"] for name in ("blurred", "independent", "noisy"))
+        kept["LPIPS diversity: blurred < independent < noisy"] = blurred < plain < noisy
+    return kept
 
 
 def parser():

@@ -24,6 +24,7 @@ from core.cli import Parser, integer, run
 from core.errors import UserError
 from core.files import built_whole, write_text
 from core.random import generator
+from core.text import aligned
 from dataset.root import read_split, write_split
 from dataset.sources.phantom import draw_scan
 
@@ -100,18 +101,19 @@ def row_of(results):
     folds = results["folds"].values()
     row = {"method": results["method"], "images": sum(f["n_train"] + f["n_synthetic"] for f in folds) // len(folds)}
     if results["significance"]:
-        found = results["significance"]["levels"]["image"]["permutation"]["ap"]
-        row |= {"gain": found["difference"], "p": found["p"], "stars": found["stars"]}
+        test = results["significance"]["levels"]["image"]["permutation"]["ap"]
+        row |= {"gain": test["difference"], "p": test["p"], "stars": test["stars"]}
     return row | mean
 
 
 def table(rows):
-    lines = ["seed  training set  images    mAP    AUC  F1(sen/spe)  gain of mAP       p"]
+    """One line for each set of images; scores in per cent."""
+    lines = [["seed", "training set", "images", "mAP", "AUC", "F1(sen/spe)", "gain of mAP", "p"]]
     for row in rows:
-        gain = f"{100 * row['gain']:+11.2f}  {row['p']:6.4f} {row['stars']}" if "gain" in row else f"{'–':>11}       –"
-        lines.append(f"{row['seed']:4}  {row['method']:12}  {row['images']:6}  {100 * row['ap']:5.2f}  "
-                     f"{100 * row['auc']:5.2f}  {100 * row['f1_sen_spe']:11.2f}  {gain}")
-    return "\n".join(lines)
+        test = [f"{100 * row['gain']:+.2f}", f"{row['p']:.4f} {row['stars']}".strip()] if "gain" in row else ["–", "–"]
+        lines.append([str(row["seed"]), row["method"], str(row["images"]),
+                      *(f"{100 * row[score]:.2f}" for score in ("ap", "auc", "f1_sen_spe")), *test])
+    return aligned(lines, left=2)
 
 
 def verdict(rows):

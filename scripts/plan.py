@@ -255,8 +255,9 @@ def parser():
     p.add_argument("table", type=int, choices=(1, 2), help="which table (table1.sh, table2.sh say it)")
     p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
     p.add_argument("--output", type=Path, metavar="DIR", help="for everything (default: runs/tables-ROOT)")
-    p.add_argument("--folds", type=numbers, metavar='"0 1 ..."', help="which folds (default: all that there are)")
-    p.add_argument("--models", type=models, default="GeCA-S DiT-S LDM-B", metavar='"NAME ..."', help="which generators")
+    p.add_argument("--folds", type=fold_list, metavar='"0 1 ..."', help="which folds (default: all that there are)")
+    p.add_argument("--models", type=model_list, default="GeCA-S DiT-S LDM-B", metavar='"NAME ..."',
+                   help="which generators")
     p.add_argument("--only", nargs="+", choices=sorted({*KINDS[1], *KINDS[2]}), metavar="STEP",
                    help=f"steps of these kinds alone: {' '.join(dict.fromkeys([*KINDS[1], *KINDS[2]]))}")
     p.add_argument("--dry-run", action="store_true", help="print the plan, a shell script with an estimate for each "
@@ -287,17 +288,17 @@ def parser():
     return p
 
 
-def numbers(text):
+def fold_list(text):
     """An argparse type: "0 1 2"."""
     return [integer(0)(word) for word in text.split()]
 
 
-def models(text):
+def model_list(text):
     """An argparse type: names of models."""
-    found = text.split()
-    if not found or not set(found) <= set(MODELS):
+    names = text.split()
+    if not names or not set(names) <= set(MODELS):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected some of {', '.join(MODELS)}")
-    return found
+    return names
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from dataset.vae import cells_per_side, open_codec
 from diffusion.samplers import SAMPLERS
 from evaluation.features import open_features
 from generation import checkpoint as checkpoints
-from generation.sampling import sample_images
+from generation.guidance import default_heredity
+from generation.sampling import SamplingOptions, sample_images
 from metrics.kid import SUBSETS, kid
 
 
@@ -56,28 +57,30 @@ class Study:
     def measure(self, path):
         """All points of one checkpoint."""
         checkpoint = checkpoints.load(path)
-        trained = checkpoint["args"]
+        trained = checkpoint.args
         codec = open_codec(trained["vae"], trained["image_space"], self.device)
         model = checkpoints.build(checkpoint).to(self.device)
         cells = cells_per_side(trained["image_size"], codec)
+        heredity = default_heredity(trained.get("train_heredity"))
         if self.real is None:
             self.real = self.space(load_images(self.split.image_paths, trained["image_size"]))
         cost = operations(Case(trained["model"], cells, 8, self.device), "guided", "asynchronous") / 8
         for sampler in self.args.samplers:
             for steps in self.args.steps:
-                about = {"model": trained["model"], "step": checkpoint["step"], "sampler": sampler, "steps": steps,
+                about = {"model": trained["model"], "step": checkpoint.step, "sampler": sampler, "steps": steps,
                          "images": self.args.images, "seed": self.args.global_seed, "cfg_scale": self.args.cfg_scale}
                 if any(about.items() <= point.items() for point in self.points):
                     continue
                 started = time.perf_counter()
-                found = self.score(model, codec, cells, sampler, steps)
-                self.add({**about, **found, "gflop_per_image": steps * cost / 1e9,
+                scores = self.score(model, codec, cells, sampler, steps, heredity)
+                self.add({**about, **scores, "gflop_per_image": steps * cost / 1e9,
                           "seconds_per_image": (time.perf_counter() - started) / self.args.images})
 
-    def score(self, model, codec, cells, sampler, steps):
-        options = {"steps": steps, "batch_size": 32, "sampler": sampler, "cells": cells, "device": self.device,
-                   "cfg_scale": self.args.cfg_scale, "seed": self.args.global_seed}
-        images = [made for _, made in sample_images(model, codec, self.labels, range(len(self.labels)), **options)]
+    def score(self, model, codec, cells, sampler, steps, heredity):
+        options = SamplingOptions(steps=steps, sampler=sampler, cfg_scale=self.args.cfg_scale, heredity=heredity,
+                                  seed=self.args.global_seed)
+        ids = range(len(self.labels))
+        images = [made for _, made in sample_images(model, codec, self.labels, ids, cells, options, self.device)]
         features = self.space(np.concatenate(images))
         mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
         return {"kid": mean, "kid_std": std}
@@ -93,7 +96,7 @@ class Study:
         train = read_split(self.args.data_path, f"train_{self.args.fold}")
         order = torch.randperm(len(train), generator=generator(self.args.global_seed, "noise floor"))
         paths = [train.image_paths[i] for i in order[:self.args.images].tolist()]
-        size = checkpoints.load(self.args.ckpt[0])["args"]["image_size"]
+        size = checkpoints.load(self.args.ckpt[0]).args["image_size"]
         features = self.space(load_images(paths, size))
         mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
         self.add({"model": "real", "sampler": "-", "steps": 0, "images": self.args.images, "kid": mean, "kid_std": std})

@@ -42,17 +42,18 @@ class Throughput:
         return rate and Estimate(number / rate[0] / 3600, f"{rate[1]} hours", rate[2])
 
     def of_runs(self, task, model):
-        """(images per second and process, device, source) of runs that are in --output."""
-        pattern = {"train": f"train/*/000-{(model or '').replace('/', '-')}-[0-9]*", "classify": "classify/*/fold-*"}
-        rates, kinds = [], set()
-        for folder in sorted(self.output.glob(pattern[task])) if task in pattern else ():
-            if task == "train" and not re.fullmatch(r"\d+", folder.name.removeprefix(pattern[task][8:-6])):
-                continue  # of DiT-S/4, not DiT-S
-            found = rates_of(folder)
-            if found:
-                rates.append(median(found[0]) / found[1])
-                kinds.add(found[2])
-        return (median(rates), kinds.pop(), f"{len(rates)} run(s) here") if rates and len(kinds) == 1 else None
+        """(images per second and process, device, source) of runs that are in --output; None without any."""
+        if task == "train":
+            name = (model or "").replace("/", "-")
+            folders = [path for path in self.output.glob(f"train/*/000-{name}-[0-9]*")
+                       if re.fullmatch(rf"000-{re.escape(name)}-\d+", path.name)]  # of DiT-S, not DiT-S-4
+        else:
+            folders = self.output.glob("classify/*/fold-*") if task == "classify" else []
+        rates = [rate for folder in sorted(folders) if (rate := rate_of(folder))]
+        devices = {device for _, device in rates}
+        if len(devices) != 1:
+            return None
+        return median(rate for rate, _ in rates), devices.pop(), f"{len(rates)} run(s) here"
 
     def of_benchmark(self, task, model):
         if self.benchmark is None:
@@ -68,29 +69,30 @@ class Throughput:
 
 def precision_of(text):
     """What `--mixed_precision fp16` of accelerate or `--precision bf16` of the samplers ask for; fp32 without."""
-    found = re.findall(r"--(?:mixed[_-])?precision[ =](\w+)", text) + re.findall(r"--(tf32)\b", text)
-    return found[-1] if found and found[-1] != "no" else "fp32"
+    asked = re.findall(r"--(?:mixed[_-])?precision[ =](\w+)", text) + re.findall(r"--(tf32)\b", text)
+    return asked[-1] if asked and asked[-1] != "no" else "fp32"
 
 
 def read_benchmark(file):
     """Raises UserError."""
     try:
-        found = json.loads(Path(file).read_text())
-        if not found["results"] or not all("rows" in part for part in found["results"].values()):
+        benchmark = json.loads(Path(file).read_text())
+        if not benchmark["results"] or not all("rows" in part for part in benchmark["results"].values()):
             raise ValueError("no tasks in it")
-        return found
+        return benchmark
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--throughput {file}: not a file of benchmarks/bench.py --json ({error!r})") from None
 
 
-def rates_of(folder):
-    """Logged images per second, number of processes and device (CPU, GPU) of a run; None where nothing is logged."""
+def rate_of(folder):
+    """Images per second and process, and device (CPU, GPU), that a run has logged; None where nothing is logged."""
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     if not metrics.is_file() or not log.is_file():
         return None
     rates = [json.loads(line).get("images_per_second") for line in metrics.read_text().splitlines()]
-    started = re.findall(r"(\d+) process\(es\) on (\w+)", log.read_text())
     rates = [rate for rate in rates if rate]
+    started = re.findall(r"(\d+) process\(es\) on (\w+)", log.read_text())
     if not rates or not started:
         return None
-    return rates, int(started[-1][0]), "GPU" if started[-1][1] == "cuda" else "CPU"
+    processes, device = started[-1]
+    return median(rates) / int(processes), "GPU" if device == "cuda" else "CPU"

@@ -1,29 +1,22 @@
 """metrics/classification.py and dataset/eyes.py: against reference values, by hand, against brute force."""
 
+
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import GOLDEN_METRICS, classified_set
 
 from core.errors import UserError
 from dataset.eyes import eye_names
 from dataset.root import read_split
 from metrics.classification import SCORES, all_scores, choose_thresholds, eyes, label_scores
 
-GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())["classification"]
-
-
-def reference_set():
-    """Labels and probabilities of the reference values (computed once, by other code)."""
-    r = np.random.RandomState(GOLDEN["seed"])
-    shape = GOLDEN["n"], GOLDEN["classes"]
-    y = (r.rand(*shape) < np.linspace(0.05, 0.5, shape[1])).astype(float)
-    return 1 / (1 + np.exp(-(1.5 * r.standard_normal(shape) + 2 * y - 1.5))), y
+GOLDEN = GOLDEN_METRICS["classification"]
 
 
 def test_equals_the_reference_values():
-    scores, labels = reference_set()
+    scores, labels = classified_set()
     found = all_scores(scores, labels, [str(k) for k in range(11)])
     for k, expected in enumerate(GOLDEN["per_class"]):
         assert {key: found["labels"][str(k)][key] for key in SCORES} == pytest.approx(expected, abs=1e-9)
@@ -73,7 +66,7 @@ def test_threshold_by_hand():
 
 
 def test_thresholds_are_the_best_there_are():
-    scores, labels = reference_set()
+    scores, labels = classified_set()
     chosen = choose_thresholds(scores, labels)
 
     def f1_sen_spe(k, threshold):

@@ -165,9 +165,8 @@ def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_p
         ours, theirs = (f["summary"][level][threshold]["f1_sen_spe"]["mean"] for f in (found, results(baseline)))
         test = block["levels"][level]["permutation"][f"f1_sen_spe@{threshold}"]
         assert test["difference"] == pytest.approx(ours - theirs)
-    assert 0.01 <= image["permutation"]["ap"]["p"] <= 1 and set(image["paired"]) == {"ap", "f1_sen_spe"}
-    defined = sum(tested.labels.any(0))
-    assert image["paired"]["ap"]["pairs"] == 2 * defined and block["levels"]["eye"]["units"] == image["units"]
+    assert 0.01 <= image["permutation"]["ap"]["p"] <= 1
+    assert block["levels"]["eye"]["units"] == image["units"]
 
     assert call_script("classify.py", "--data-path", data, "--output", tmp_path / "x", *NET, "--fold", 0, "--baseline",
                        baseline).stderr.endswith("compare runs on the same data and folds\n")

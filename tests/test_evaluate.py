@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import run_script, succeeded
+from helpers import noise_images, save_alexnet, save_images, save_tiny_vae
 from PIL import Image
-from test_lpips import save_alexnet
 
 import evaluate
 from classification import network as classifier
@@ -18,15 +16,12 @@ from core.cli import run
 from dataset.images import load_image, load_images
 from dataset.pictures import caption, grid, pairs
 from dataset.root import read_split, write_split
-from evaluation import evaluation
+from evaluation import evaluation, pictures
 from evaluation import features as feature_spaces
-from evaluation import pictures as comparison
 from metrics.fid import fid
 from metrics.fld import fld
 from metrics.kid import kid
-from train_vae import build
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LABELS = ("AMD", "DME")
 SIZE = 16
 
@@ -38,10 +33,8 @@ def draw(n, seed, contrast=60):
 
 
 def save(images, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:06d}.png")
-    return [f"{folder.name}/{i:06d}.png" for i in range(len(images))]
+    """Write images -> their names as seen from the folder above."""
+    return [f"{folder.name}/{path.name}" for path in save_images(images, folder)]
 
 
 def combinations(n):
@@ -64,9 +57,7 @@ def world(tmp_path_factory):
         write_split(folder / "root", split, names[part], labels, LABELS, names[part])
     save_generated(folder / "good", draw(16, 1))
     save_generated(folder / "bad", draw(24, 2, contrast=30))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        build((4, 4, 8, 8)).save_pretrained(folder / "vae")
+    save_tiny_vae(folder / "vae")
     feature_spaces.fit(str(folder / "vae"), [read_split(folder / "root", "train_0").image_paths], (SIZE,))
     return folder
 
@@ -110,9 +101,8 @@ FILES = {"results.json", "results.txt", "report.html", "real_vs_generated.png"}
 def test_end_to_end(world, tmp_path):
     command = flags(world, "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--global_seed", 3,
                     gen=("good", "bad"))
-    result = subprocess.run([sys.executable, "evaluate.py", *command], cwd=REPOSITORY, capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr
+    result = run_script("evaluate.py", *command)
+    succeeded(result)
     assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
 
     found = report(tmp_path / "out")
@@ -130,7 +120,8 @@ def test_end_to_end(world, tmp_path):
         assert row["fid"][space] == pytest.approx(fid(real, made), rel=1e-3)
         assert row["gg"]["gap"] == pytest.approx(fld(train, real, made, seed=3).gap, rel=1e-2, abs=0.05)
         assert row["label_share"] == {"AMD": 0.5, "DME": 0.5}
-        assert row["memorisation"]["samples"] == row["images"] and row["lpips"] is row["conditioning"] is None
+        assert len(row["memorisation"]["closest"]) == 16 and row["lpips"] is row["conditioning"] is None
+        assert row["memorisation"]["closest"][0]["lpips"] is None
     assert found["networks"][space]["identity"] == features.identity
     assert found["data"]["training_images"] == 40 and found["data"]["labels"] == list(LABELS)
     scores = [r["kid"][space]["mean"] for r in rows]
@@ -164,9 +155,8 @@ def test_copies_of_training_images_are_found(copy, in_process):
 
 
 def test_lpips_of_samples_and_of_their_copies(tmp_path, in_process):
-    """With AlexNet (random weights): diversity, the pairs of the picture, and copies by LPIPS."""
-    side, draw = 32, np.random.default_rng(0)
-    images = draw.integers(0, 256, (36, side, side, 3), dtype=np.uint8)
+    """With AlexNet (random weights): diversity, and the pairs of the picture."""
+    images = noise_images(36, size=32)
     names = save(images, tmp_path / "root" / "images")
     for split, part in (("train_0", slice(0, 12)), ("val_0", slice(12, 24)), ("test", slice(24, 36))):
         write_split(tmp_path / "root", split, names[part], combinations(12), LABELS, names[part])
@@ -178,9 +168,8 @@ def test_lpips_of_samples_and_of_their_copies(tmp_path, in_process):
     assert code == 0, err
     floor, row = report(tmp_path / "copied")["rows"]
     assert row["lpips"]["pairs"] == 11 and row["lpips"]["mean"] > 0 and row["lpips"]["within_label"]["pairs"] > 0
-    found = row["memorisation"]
-    assert found["close_by_lpips"]["value"] == 1 and floor["memorisation"]["close_by_lpips"]["value"] < 1
-    assert all(pair["lpips"] == pytest.approx(0, abs=1e-6) for pair in found["closest"])
+    assert all(pair["lpips"] == pytest.approx(0, abs=1e-6) for pair in row["memorisation"]["closest"])
+    assert all(pair["lpips"] > 0.01 for pair in floor["memorisation"]["closest"])
     assert "LPIPS" in (tmp_path / "copied" / "results.txt").read_text()
 
 
@@ -433,15 +422,15 @@ def test_mistakes(copy, in_process, monkeypatch, damage, more, parts):
 
 def test_every_label_combination_is_shown_before_any_twice():
     labels = np.array([[0, 0]] * 6 + [[1, 0]] * 2 + [[1, 1]])
-    order = comparison.different(labels, [5, 3, 7, 0, 8, 1, 2, 6, 4])
+    order = pictures.different(labels, [5, 3, 7, 0, 8, 1, 2, 6, 4])
     assert order == [5, 7, 8, 3, 0, 1, 2, 6, 4]
 
 
 def test_generated_images_are_matched_by_labels():
     wanted = np.array([[1, 0], [0, 0], [1, 0], [1, 1]])
     labels = np.array([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]])
-    assert comparison.match(wanted, labels, [4, 3, 2, 1, 0]) == [3, 2, 4, 1]  # the second [1, 0]: any that is left
-    assert comparison.match(wanted, None, [2, 0, 1]) == [2, 0, 1, None]
+    assert pictures.match(wanted, labels, [4, 3, 2, 1, 0]) == [3, 2, 4, 1]  # the second [1, 0]: any that is left
+    assert pictures.match(wanted, None, [2, 0, 1]) == [2, 0, 1, None]
 
 
 # ---- pictures

@@ -13,34 +13,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import message_of, noise_images, save_images, save_tiny_vae
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from core.errors import UserError
 from dataset.images import center_crop
 from dataset.root import write_split
 from dataset.vae import VaeCodec, to_model_range
 from evaluation import backbones
 from evaluation import features as module
 from evaluation.features import PUBLISHED, SPACES, channel_statistics, extract, fit, open_features, whitening
-from train_vae import build
 
-NOISE = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-
-
-def save(images, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i}.png" for i in range(len(images))]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    return paths
-
-
-def save_tiny_vae(folder, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        build((4, 4, 8, 8)).save_pretrained(folder)
+NOISE = noise_images(12, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +33,13 @@ def vae(tmp_path_factory):
     """A tiny autoencoder with its scale, measured on NOISE at 32 and 16 pixels."""
     folder = tmp_path_factory.mktemp("features") / "tiny"
     save_tiny_vae(folder)
-    fit(str(folder), [save(NOISE, folder.parent / "images")], (32, 16), batch_size=5)
+    fit(str(folder), [save_images(NOISE, folder.parent / "images")], (32, 16), batch_size=5)
     return str(folder)
 
 
 @pytest.fixture
 def copy(vae, tmp_path):
     return shutil.copytree(vae, tmp_path / "copy")
-
-
-def message_of(call):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- the numbers
@@ -155,7 +133,7 @@ def test_arrays_tensors_files_and_batches_agree(vae, tmp_path):
     values = features(NOISE)
     assert len(np.unique(values.round(3), axis=0)) == 12  # every image is seen
     assert np.allclose(features(torch.as_tensor(NOISE), batch_size=5), values, atol=1e-4)
-    paths = save(NOISE, tmp_path)
+    paths = save_images(NOISE, tmp_path)
     assert np.allclose(extract(features, paths, 32, batch_size=5), values, atol=1e-4)
     assert np.allclose(extract(features, paths[::-1], 32), values[::-1], atol=1e-4)
     assert extract(features, [], 32).shape == (0, features.dimensions)
@@ -164,7 +142,7 @@ def test_arrays_tensors_files_and_batches_agree(vae, tmp_path):
 def test_files_of_another_size_are_cropped(vae, tmp_path):
     features = open_features(vae)
     wide = np.concatenate([NOISE[:2], NOISE[2:4]], axis=2)  # 32 × 64: the centre is columns 16 to 48
-    values = extract(features, save(wide, tmp_path), 32)
+    values = extract(features, save_images(wide, tmp_path), 32)
     assert np.allclose(values, features(wide[:, :, 16:48]), atol=1e-4)
 
 
@@ -213,7 +191,7 @@ def test_damaged_scale(copy):
 def test_fit_command(copy, tmp_path, monkeypatch, capsys):
     """The scale comes from train_0 and val_0, never from test."""
     (copy / module.SCALE_FILE).unlink()
-    names = [f"images/{p.name}" for p in save(NOISE, tmp_path / "root" / "images")]
+    names = [f"images/{p.name}" for p in save_images(NOISE, tmp_path / "root" / "images")]
     for split, part in (("train_0", slice(0, 6)), ("val_0", slice(6, 9)), ("test", slice(9, 12))):
         write_split(tmp_path / "root", split, names[part], np.ones((len(names[part]), 1)), ("A",), names[part])
     flags = ["--fit", str(copy), "--data_path", str(tmp_path / "root"), "--sizes", "32"]
@@ -303,7 +281,7 @@ def test_batches_tensors_and_files_agree(files, tmp_path):
     space = open_features(f"timm:{RESNET}={files[RESNET]}")
     values = space(PHOTO)
     assert np.allclose(space(torch.as_tensor(PHOTO), batch_size=3), values, atol=1e-5)
-    assert np.allclose(extract(space, save(PHOTO, tmp_path), 200, batch_size=3), values, atol=1e-5)
+    assert np.allclose(extract(space, save_images(PHOTO, tmp_path), 200, batch_size=3), values, atol=1e-5)
     assert len(np.unique(values.round(4), axis=0)) == 4
 
 
@@ -312,8 +290,8 @@ def test_real_and_generated_take_the_same_path(files, tmp_path):
     space = open_features(f"timm:{RESNET}={files[RESNET]}")
     small = [Image.fromarray(image).resize((70, 50)) for image in PHOTO]
     cropped = np.stack([np.asarray(center_crop(image, 32)) for image in small])
-    real = extract(space, save([np.asarray(image) for image in small], tmp_path / "real"), 32)
-    assert np.array_equal(real, extract(space, save(cropped, tmp_path / "generated"), 32))
+    real = extract(space, save_images([np.asarray(image) for image in small], tmp_path / "real"), 32)
+    assert np.array_equal(real, extract(space, save_images(cropped, tmp_path / "generated"), 32))
 
 
 def test_dinov2_takes_the_whole_image_and_the_class_token(files, monkeypatch):
@@ -496,17 +474,17 @@ def unreadable(*arguments):
 
 
 def test_a_hit_opens_no_image_and_changes_no_bit(tmp_path, monkeypatch):
-    paths, cache = save(NOISE, tmp_path / "images"), tmp_path / "cache"
+    paths, cache = save_images(NOISE, tmp_path / "images"), tmp_path / "cache"
     values = extract(Means(), paths, 32, cache=cache)
     assert np.array_equal(values, extract(Means(), paths, 32)) and len(list(cache.iterdir())) == 1
-    moved = save(NOISE, tmp_path / "elsewhere")  # the bytes count, not the names
+    moved = save_images(NOISE, tmp_path / "elsewhere")  # the bytes count, not the names
     monkeypatch.setattr(module, "load_images", unreadable)
     assert np.array_equal(extract(Means(), moved, 32, batch_size=5, cache=cache), values)
 
 
 @pytest.mark.parametrize("change", ["order", "subset", "content", "space", "size"])
 def test_anything_else_is_a_miss(tmp_path, change):
-    paths, cache, space, size = save(NOISE, tmp_path / "images"), tmp_path / "cache", Means(), 32
+    paths, cache, space, size = save_images(NOISE, tmp_path / "images"), tmp_path / "cache", Means(), 32
     extract(space, paths, size, cache=cache)
     if change == "order":
         paths = paths[::-1]
@@ -524,7 +502,7 @@ def test_anything_else_is_a_miss(tmp_path, change):
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "foreign"])
 def test_a_damaged_cache_is_an_error(tmp_path, harm):
-    paths, cache = save(NOISE, tmp_path / "images"), tmp_path / "cache"
+    paths, cache = save_images(NOISE, tmp_path / "images"), tmp_path / "cache"
     extract(Means(), paths, 32, cache=cache)
     (file,) = cache.iterdir()
     data = file.read_bytes()
@@ -537,7 +515,7 @@ def test_a_damaged_cache_is_an_error(tmp_path, harm):
 
 
 def test_a_failure_leaves_no_cache_file(tmp_path):
-    paths, cache = save(NOISE, tmp_path / "images"), tmp_path / "cache"
+    paths, cache = save_images(NOISE, tmp_path / "images"), tmp_path / "cache"
     paths[7].write_bytes(b"no image")
     assert str(paths[7]) in message_of(lambda: extract(Means(), paths, 32, batch_size=4, cache=cache))
     assert not list(cache.iterdir())
@@ -547,7 +525,7 @@ def test_a_failure_leaves_no_cache_file(tmp_path):
 
 def test_one_batch_of_images_at_a_time(tmp_path, monkeypatch):
     """When a batch is read, nothing of the one before is left."""
-    paths, seen, real = save(NOISE, tmp_path), [], module.load_images
+    paths, seen, real = save_images(NOISE, tmp_path), [], module.load_images
 
     def load(batch, size):
         assert not [reference for reference in seen if reference() is not None]

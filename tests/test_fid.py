@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_kid import PassThrough, gaussian
+from helpers import PassThrough, gaussian
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from core.errors import UserError

@@ -1,19 +1,16 @@
 """metrics/fld.py: against the published values, a plain version by autograd, and what it promises."""
 
-import json
 import math
 from dataclasses import astuple
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN_METRICS
 
 from core.errors import UserError
 from metrics import fld as module
 from metrics.fld import baseline_nll, fld
-
-GOLDEN = json.loads((Path(__file__).parent / "reference_metrics.json").read_text())
 
 
 def normal(seed, n, d=64):
@@ -38,9 +35,9 @@ def reference_baseline():
 @pytest.mark.parametrize("name", ["independent", "shifted"])
 def test_equals_the_published_values(name, reference_baseline):
     found = fld(*reference_sets(name), baseline=reference_baseline)
-    assert found.gap == pytest.approx(GOLDEN[name]["gap"], rel=0.01)
-    assert found.fld == pytest.approx(GOLDEN[name]["test"], rel=0.01)
-    assert found.fld + found.gap == pytest.approx(GOLDEN[name]["train"], rel=0.01)
+    assert found.gap == pytest.approx(GOLDEN_METRICS[name]["gap"], rel=0.01)
+    assert found.fld == pytest.approx(GOLDEN_METRICS[name]["test"], rel=0.01)
+    assert found.fld + found.gap == pytest.approx(GOLDEN_METRICS[name]["train"], rel=0.01)
 
 
 @pytest.mark.parametrize("noise", [0, 0.05])

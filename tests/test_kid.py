@@ -6,16 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import PassThrough, gaussian
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image import kid as torchmetrics_kid
 
 from core.errors import UserError
 from metrics import blocks
 from metrics.kid import draw_subsets, kid, polynomial_mmd
-
-
-def gaussian(seed, n, d=8, shift=0.0):
-    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32) + np.float32(shift)
 
 
 def test_by_hand():
@@ -39,7 +36,7 @@ def test_samples_of_two_sizes():
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_equals_torchmetrics(monkeypatch):
-    """The same features, the same subsets: KernelInceptionDistance gives the same mean and deviation."""
+    """The same features, the same subsets: KernelInceptionDistance gives the same mean and standard deviation."""
     real, generated = gaussian(0, 40), gaussian(1, 30, shift=0.3)
     drawn = [torch.as_tensor(i) for pair in draw_subsets(40, 30, 12, 20, seed=5) for i in pair]
     metric = torchmetrics_kid.KernelInceptionDistance(feature=PassThrough(), subsets=20, subset_size=12)
@@ -50,15 +47,6 @@ def test_equals_torchmetrics(monkeypatch):
         mean, std = metric.compute()
     assert not drawn
     assert kid(real, generated, 12, 20, seed=5) == pytest.approx((mean.item(), std.item()), rel=2e-5)
-
-
-class PassThrough(torch.nn.Module):
-    """A feature extractor whose images are features already."""
-
-    num_features = 8
-
-    def forward(self, x):
-        return x
 
 
 def test_unbiased():

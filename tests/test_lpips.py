@@ -1,4 +1,4 @@
-"""metrics/lpips.py: against torchmetrics on the same weights, by hand, by brute force and in expectation."""
+"""evaluation/lpips.py against torchmetrics on the same weights; metrics/lpips.py by hand and in expectation."""
 
 import itertools
 import shutil
@@ -9,40 +9,16 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import message_of, noise_images, save_alexnet, save_images
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchvision.models import alexnet
 
 from core import assets
 from core.errors import UserError
-from metrics.lpips import (
-    SMALLEST,
-    check_image_size,
-    distances,
-    diversity,
-    draw_pairs,
-    open_lpips,
-    spread,
-)
+from evaluation.lpips import SMALLEST, Lpips, check_image_size, distances, diversity
+from metrics.lpips import draw_pairs, spread
 
 SIZE = 64
 FILE = Path("hub", "checkpoints", "alexnet-owt-7be5be79.pth")  # in TORCH_HOME
-
-
-def save_alexnet(path, seed):
-    """Weights as torchvision has them, random; those that LPIPS does not use are one stored number."""
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in alexnet().state_dict().items()}
-    draw = torch.Generator().manual_seed(seed)
-    weights = {}
-    for key, shape in shapes.items():
-        if key.startswith("classifier"):
-            weights[key] = torch.zeros(()).expand(shape)
-        else:
-            gain = (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.1
-            weights[key] = gain * torch.randn(shape, generator=draw)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(weights, path)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +31,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def distance(home):
-    return open_lpips(weights=home / FILE)
-
-
-def noise(n, seed=0, size=SIZE):
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-def save(images, folder):
-    paths = [folder / f"{i}.png" for i in range(len(images))]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    return paths
+    return Lpips(weights=home / FILE)
 
 
 class Grey:
@@ -85,7 +50,7 @@ class Grey:
 @pytest.fixture
 def greys(tmp_path):
     """Nine flat images of grey 0, 1, 4, 9, ... 64: their files."""
-    return save([np.full((8, 8, 3), i**2, np.uint8) for i in range(9)], tmp_path)
+    return save_images([np.full((8, 8, 3), i**2, np.uint8) for i in range(9)], tmp_path)
 
 
 # ---- the distance
@@ -96,12 +61,12 @@ def test_equals_torchmetrics(home, monkeypatch, capfd):
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = open_lpips()
+        ours = Lpips()
     assert torch.equal(torch.get_rng_state(), before)
     assert capfd.readouterr() == ("", "")
 
     theirs = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    images = noise(3)
+    images = noise_images(3, size=SIZE)
     images[2] = images[1] // 2 + 60  # a pair that is nearer
     scaled = torch.as_tensor(images).permute(0, 3, 1, 2) / 255
     pairs = list(itertools.combinations(range(3), 2))
@@ -113,7 +78,7 @@ def test_equals_torchmetrics(home, monkeypatch, capfd):
 
 def test_equals_the_package(distance):
     """The package runs both images of a pair; here each image passes once."""
-    images = noise(5)
+    images = noise_images(5, size=SIZE)
     first, second = [0, 0, 3, 4], [1, 2, 3, 0]
     x = torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
     expected = distance.net(x[first], x[second]).flatten()
@@ -132,15 +97,15 @@ def test_the_heads_are_version_0_1(distance):
 def test_identity_follows_the_weights(distance, home, tmp_path):
     save_alexnet(tmp_path / "other.pth", seed=1)
     shutil.copy(home / FILE, tmp_path / "same.pth")
-    assert open_lpips(weights=tmp_path / "same.pth").identity == distance.identity
-    assert open_lpips(weights=tmp_path / "other.pth").identity != distance.identity
+    assert Lpips(weights=tmp_path / "same.pth").identity == distance.identity
+    assert Lpips(weights=tmp_path / "other.pth").identity != distance.identity
 
 
 def test_smallest_image(distance):
     check_image_size(SMALLEST)
-    distance(noise(2, size=SMALLEST), [0], [1])
+    distance(noise_images(2, size=SMALLEST), [0], [1])
     with pytest.raises(RuntimeError):
-        distance(noise(2, size=SMALLEST - 1), [0], [1])
+        distance(noise_images(2, size=SMALLEST - 1), [0], [1])
     with pytest.raises(UserError, match=r"--image-size 30: .*at least 31 .*--lpips none"):
         check_image_size(SMALLEST - 1)
 
@@ -148,11 +113,9 @@ def test_smallest_image(distance):
 # ---- weights that are not there
 
 def refuses(*parts, weights=None):
-    with pytest.raises(UserError) as error:
-        open_lpips(weights=weights)
-    assert "\n" not in str(error.value)
+    message = message_of(lambda: Lpips(weights=weights))
     for part in parts:
-        assert part in str(error.value)
+        assert part in message
 
 
 def test_missing_without_a_network(tmp_path, monkeypatch):
@@ -266,8 +229,6 @@ def test_within_and_between_labels(greys):
         assert kind.pairs == len(pairs) == 8
         assert all((a % 2 == b % 2) == same and a != b for a, b in pairs)  # squares keep the parity
         assert kind.mean == pytest.approx(np.mean([abs(a - b) for a, b in pairs]))
-    few = diversity(Grey(), greys, 8, labels, pairs=3)
-    assert few.consecutive.pairs == few.within_label.pairs == few.between_label.pairs == 3
     alone = diversity(Grey(), greys, 8, np.eye(9))
     assert alone.within_label is None and alone.between_label.pairs == 8
     alike = diversity(Grey(), greys, 8, np.ones((9, 1)))
@@ -282,8 +243,8 @@ def test_a_set_without_pairs(greys, n):
 
 def test_distances_of_files(distance, tmp_path):
     """In the order asked for, whatever the batches; files of another size are cropped."""
-    images = noise(4, size=SIZE)
-    paths = save(images, tmp_path)
+    images = noise_images(4, size=SIZE)
+    paths = save_images(images, tmp_path)
     first, second = [0, 1, 2, 3, 0], [1, 1, 0, 2, 3]
     expected = distance(images, first, second)
     for batch_size in (1, 2, 5):

@@ -8,10 +8,12 @@ import re
 import pytest
 from conftest import call_script, succeeded
 
-import make_tables
-from classification.report import COLUMNS
+from classification.report import COLUMNS, SAME_TRAINING
 from core.errors import UserError
 from evaluation import paper
+from evaluation.results import read
+from evaluation.table1 import table_1
+from evaluation.table2 import table_2
 from evaluation.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
 
 SETTINGS = {"backbone": "resnet50.tv_in1k", "pretrained": True, "pretrained_sha256": None, "image_size": 448,
@@ -58,7 +60,7 @@ def saved(folder, *results):
     for i, content in enumerate(results):
         (folder / str(i)).mkdir(parents=True, exist_ok=True)
         (folder / str(i) / "results.json").write_text(json.dumps(content))
-    return make_tables.read([folder])
+    return read([folder])
 
 
 def row(table, name):
@@ -73,7 +75,7 @@ BASE = classified("baseline", (0.40, 0.50))
 
 
 def test_table_2_by_hand(tmp_path):
-    table = make_tables.table_2(saved(
+    table = table_2(saved(
         tmp_path, classified("GeCA-XS", (0.7, 0.7), p=0.2), classified("GeCA-S", (0.60, 0.64), p=0.001), BASE,
         classified("baseline-without-augmentation", (0.3, 0.3), p=0.04, augment="none")), "image")
     assert [r[0] for r in table.rows] == [*paper.TABLE_2, "GeCA-XS"]
@@ -90,7 +92,7 @@ def test_table_2_by_hand(tmp_path):
 
 
 def test_table_2_marks_the_best_of_each_column(tmp_path):
-    table = make_tables.table_2(saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=0.001)), "image")
+    table = table_2(saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=0.001)), "image")
     best = {head: [r[0] for r in table.rows if getattr(r[i], "best", False)] for i, head in enumerate(table.heads)}
     assert best["mAP ↑, ours"] == best["mAP ↑, paper"] == best["AUC ↑, paper"] == ["GeCA-S"]
     assert best["Spe ↑, paper"] == [paper.BASELINE]
@@ -99,25 +101,25 @@ def test_table_2_marks_the_best_of_each_column(tmp_path):
 
 def test_table_2_levels_and_thresholds(tmp_path):
     results = saved(tmp_path, BASE, classified("GeCA-S", (0.6, 0.6), p=0.5))
-    shown = {(level, threshold): row(make_tables.table_2(results, level, threshold), paper.BASELINE)["mAP ↑, ours"]
+    shown = {(level, threshold): row(table_2(results, level, threshold), paper.BASELINE)["mAP ↑, ours"]
              for level in ("image", "eye", "auto") for threshold in ("0.5", "validation")}
     assert shown["image", "0.5"] == "45.00 ± 7.07" and shown["eye", "0.5"] == "55.00 ± 7.07" == shown["auto", "0.5"]
     assert shown["eye", "validation"] == "27.50 ± 3.54"
     without = saved(tmp_path, BASE, classified("GeCA-S", (0.6, 0.6), p=0.5, eye=False))
-    assert row(make_tables.table_2(without), paper.BASELINE)["mAP ↑, ours"] == "45.00 ± 7.07"
+    assert row(table_2(without), paper.BASELINE)["mAP ↑, ours"] == "45.00 ± 7.07"
     with pytest.raises(UserError, match=r"--level eye: .*--level image"):
-        make_tables.table_2(without, "eye")
+        table_2(without, "eye")
 
 
 def test_table_2_takes_seeds_together(tmp_path):
-    table = make_tables.table_2(saved(tmp_path, classified("GeCA-S", (0.6, 0.6), p=0.01), classified(
+    table = table_2(saved(tmp_path, classified("GeCA-S", (0.6, 0.6), p=0.01), classified(
         "GeCA-S", (0.8, 0.8), p=0.03, global_seed=1), BASE), "image")
     ours = row(table, "GeCA-S")
     assert ours["mAP ↑, ours"] == "70.00 ± 11.55" and ours["p, ours"] == "0.0300 *"  # the larger p
 
 
 def test_table_2_without_a_comparison_or_a_second_fold(tmp_path):
-    table = make_tables.table_2(saved(tmp_path, classified("GeCA-S", (0.6,)), classified("baseline", (0.5,))), "image")
+    table = table_2(saved(tmp_path, classified("GeCA-S", (0.6,)), classified("baseline", (0.5,))), "image")
     assert row(table, "GeCA-S")["mAP ↑, ours"] == "60.00" and row(table, "GeCA-S")["p, ours"] == NOT_RUN
     assert not any("p:" in note for note in table.notes)
 
@@ -125,7 +127,7 @@ def test_table_2_without_a_comparison_or_a_second_fold(tmp_path):
 def test_footnotes_of_table_2(tmp_path):
     leak = classified("GeCA-S", (0.6, 0.6), p=0.01)
     leak["folds"]["0"]["remarks"] = ["LEAK: one patient", "something else"]
-    notes = make_tables.table_2(saved(tmp_path, BASE, leak), "image").notes
+    notes = table_2(saved(tmp_path, BASE, leak), "image").notes
     text = "\n".join(notes)
     assert "9 of 2 labels" in text and "folds 0 1; seeds 0" in text and "resnet50.tv_in1k from published" in text
     assert "GeCA-S: 60–61 real, 300 synthetic, 100 updates" in text and "30 for the test" in text
@@ -143,25 +145,25 @@ def test_footnotes_of_table_2(tmp_path):
     (lambda r: r.update(method="baseline", significance=None), "is called baseline, but was trained with synthetic"),
     (lambda r: r["significance"].update(baseline="other"), "the --baseline of p is other, but baseline"),
     *((lambda r, key=key: r["settings"].update({key: "other"}), f"--{key.replace('_', '-')} is other, but")
-      for key in (*make_tables.SAME_TRAINING, "augment")),
+      for key in (*SAME_TRAINING, "augment")),
 ])
 def test_what_cannot_stand_in_table_2_is_refused(tmp_path, change, message):
     wrong = copy.deepcopy(classified("DiT-S", (0.6, 0.6), p=0.01))
     change(wrong)
     with pytest.raises(UserError, match=re.escape(message)):
-        make_tables.table_2(saved(tmp_path, BASE, classified("GeCA-S", (0.6, 0.6), p=0.01), wrong))
+        table_2(saved(tmp_path, BASE, classified("GeCA-S", (0.6, 0.6), p=0.01), wrong))
 
 
 def test_a_method_twice_is_ambiguous(tmp_path):
     with pytest.raises(UserError, match=r"is GeCA-S with seed 0, and so is .*0/results\.json"):
-        make_tables.table_2(saved(tmp_path, *[classified("GeCA-S", (0.6, 0.6), p=0.01)] * 2))
+        table_2(saved(tmp_path, *[classified("GeCA-S", (0.6, 0.6), p=0.01)] * 2))
 
 
 # ---- Table 1
 
 
 def test_table_1_by_hand(tmp_path):
-    table = make_tables.table_1(saved(
+    table = table_1(saved(
         tmp_path, generated("GeCA-S", (0.040, 0.003)), generated("GeCA-S", (0.050, 0.009), fold=1),
         generated("DiT-S", (0.0601, 0.002)), generated("DiT-S", (0.0602, 0.002), fold=1)))
     assert [r[0] for r in table.rows] == ["LDM-B", "DiT-S", "GeCA-S"]
@@ -175,13 +177,13 @@ def test_table_1_by_hand(tmp_path):
 
 
 def test_one_run_has_its_own_spread(tmp_path):
-    table = make_tables.table_1(saved(tmp_path, generated("GeCA-S", (0.040, 0.003))))
+    table = table_1(saved(tmp_path, generated("GeCA-S", (0.040, 0.003))))
     assert row(table, "GeCA-S")["oct: KID[inception] ↓"] == "40.00 ± 3.00"
     assert row(table, "GeCA-S")["oct: GG[dino]"] == "-1.50"
 
 
 def test_the_same_images_count_once(tmp_path):
-    table = make_tables.table_1(saved(tmp_path, *[generated("GeCA-S", (0.040, 0.003))] * 2))
+    table = table_1(saved(tmp_path, *[generated("GeCA-S", (0.040, 0.003))] * 2))
     assert row(table, "GeCA-S")["oct: KID[inception] ↓"] == "40.00 ± 3.00"
 
 
@@ -197,14 +199,14 @@ def test_what_cannot_stand_in_table_1_is_refused(tmp_path, change, message):
     wrong = generated("DiT-S")
     change(wrong)
     with pytest.raises(UserError, match=re.escape(message)):
-        make_tables.table_1(saved(tmp_path, generated("GeCA-S"), wrong))
+        table_1(saved(tmp_path, generated("GeCA-S"), wrong))
 
 
 def test_one_method_sampled_in_two_ways_is_refused(tmp_path):
     other = generated("GeCA-S", (0.03, 0.001))
     other["rows"][1]["about"]["steps"] = 20
     with pytest.raises(UserError, match=r"GeCA-S is sampled in 2 ways: .*250 steps.* and .*20 steps"):
-        make_tables.table_1(saved(tmp_path, generated("GeCA-S"), other))
+        table_1(saved(tmp_path, generated("GeCA-S"), other))
 
 
 # ---- the script, and how tables are written
@@ -262,8 +264,8 @@ def test_latex_is_escaped():
 def test_latex_of_real_tables_is_ascii(tmp_path):
     """A sign that is not in evaluation.tables.LATEX would not compile."""
     results = saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=0.001), generated("GeCA-S"))
-    assert make_tables.table_2(results[:2], "image").latex().isascii()
-    assert make_tables.table_1(results[2:]).latex().isascii()
+    assert table_2(results[:2], "image").latex().isascii()
+    assert table_1(results[2:]).latex().isascii()
 
 
 def test_cells_and_order():

@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from test_kid import gaussian
+from helpers import gaussian
 
 from core.errors import UserError
 from metrics import blocks

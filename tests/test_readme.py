@@ -1,17 +1,13 @@
 """Every command that the documentation shows, and every one that was published, is one that the scripts accept."""
 
 import ast
-import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from conftest import ROOT
-
-from core.cli import Parser
+from helpers import commands_of, parse
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if "def main()" in p.read_text()]
 MODULES = [p for p in ROOT.glob("[!.]*/**/*.py") if p.parent.name not in ("tests", "benchmarks")]
@@ -51,41 +47,6 @@ FURTHER = [
     ("sample_ddp_val", *SAMPLER),
     ("evaluate", "--real R --gen G", "--gg_extractor dino", {"fold": 0, "image_size": 256}),
 ]
-
-
-class Parsed(Exception):
-    """Thrown out of a script as soon as it knows its flags: (parser, flags)."""
-
-
-def parse(script, arguments):
-    """What the script itself makes of these arguments: its parser, and the flags as a dict. Nothing runs.
-
-    Arguments None: its parser alone.
-    """
-    # A package that torch-fidelity installs is called `tests` too; what lies in ours is imported from its folder.
-    module, real = importlib.import_module(script.removeprefix("tests.")), Parser.parse_args
-
-    def stop(parser):
-        raise Parsed(parser, None if arguments is None else vars(real(parser)))
-
-    with mock.patch.object(sys, "argv", [f"{script}.py", *(arguments or [])]):
-        if arguments and hasattr(module, "parse_args"):
-            module.parse_args()  # looks at more than one flag at a time
-        with mock.patch.object(Parser, "parse_args", stop), pytest.raises(Parsed) as found:
-            module.main()
-    return found.value.args
-
-
-def commands_of(text):
-    """(script, arguments) of every line that starts one of our scripts and is not an outline (...)."""
-    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
-        found = re.search(r"(?:^|\|\| |&& |\$ )((?:python|torchrun|accelerate launch) .*)", line.strip().strip("`#> "))
-        if not found or "..." in line:
-            continue
-        words = shlex.split(re.split(r"\s{2,}|\s[|>&]|`", found[1])[0])  # what follows two spaces is a remark
-        words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words]
-        place = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1:i] == ["-m"])
-        yield words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
 
 
 def documents():

@@ -1,16 +1,19 @@
 """metrics/significance.py: against scikit-learn, by hand, by enumeration, and where there is nothing to find."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from helpers import classified_set, parse
 from scipy import stats
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_classification import reference_set
 
 from metrics.classification import SCORES, all_scores
 from metrics.significance import (
+    PERMUTATIONS,
     average_precision,
     bootstrap,
     compare,
@@ -19,7 +22,6 @@ from metrics.significance import (
     holm,
     map_difference,
     over_folds,
-    paired_tests,
     permutation_test,
     roc_auc,
     stars,
@@ -122,7 +124,7 @@ def test_uniform_where_there_is_no_difference():
     assert len(p) > 190 and stats.kstest(p, "uniform").pvalue > 0.01
 
 
-# ---- the other tests
+# ---- several comparisons
 
 
 def test_holm_by_hand():
@@ -137,21 +139,12 @@ def test_stars_are_those_of_the_paper():
         "", "", "", "*", "**", "***", "****"]
 
 
-def test_paired_tests_by_hand():
-    """Differences 1, 2, 3: t = 2 / (1 / √3), two degrees of freedom: p = 0.0742; all of 8 signs: 2 / 8."""
-    found = paired_tests([2, 4, 6, None], [1, 2, 3, 4])
-    assert found["pairs"] == 3 and found["t_test"] == pytest.approx(0.0741799, abs=1e-6)
-    assert found["wilcoxon"] == pytest.approx(0.25)
-    assert paired_tests([1, 2], [1, 2]) == {"pairs": 2, "t_test": None, "wilcoxon": None}
-    assert paired_tests([1, None], [1, 2])["t_test"] is None
-
-
 # ---- intervals
 
 
 def test_intervals_are_percentiles_of_resampled_sets():
     """Drawn and scored one by one, the same intervals come out up to what 100 drawings leave open."""
-    scores, y = reference_set()
+    scores, y = classified_set()
     scores, y = scores[:, 6:8], y[:, 6:8]
     found = bootstrap(scores, y, replicates=600, seed=0)
     r = np.random.default_rng(0)
@@ -165,7 +158,7 @@ def test_intervals_are_percentiles_of_resampled_sets():
 
 def test_patients_are_drawn_whole():
     """Every image ten times over is no more knowledge; the patients say so."""
-    scores, y = (array[:60, 6:9].repeat(10, axis=0) for array in reference_set())
+    scores, y = (array[:60, 6:9].repeat(10, axis=0) for array in classified_set())
     wide = bootstrap(scores, y, units=np.arange(60).repeat(10))["auc"]
     narrow = bootstrap(scores, y)["auc"]
     assert np.ptp(wide) > 2 * np.ptp(narrow)
@@ -178,15 +171,20 @@ def test_intervals_skip_what_cannot_be_scored():
     assert bootstrap(np.array([[0.3], [0.6]]), np.array([[0], [0]]))["ap"] is None
 
 
+def test_the_documented_number_of_permutations_is_the_default():
+    documented = re.search(r"swapped at random, in all folds at once, ([\d,]+) times",
+                           (ROOT / "docs" / "FIDELITY.md").read_text(encoding="utf-8"))
+    flags = parse("classify", ["--data-path", "data"])[1]
+    assert int(documented[1].replace(",", "")) == PERMUTATIONS == flags["permutations"]
+
+
 def test_compare():
     y, a, b = made(6, n=60)
-    sides = [[{"scores": s, "predicted": {"0.5": s >= 0.5}, "labels": {"ap": [
-        row["ap"] for row in all_scores(s, y, range(3))["labels"].values()]}} for _ in range(2)] for s in (a, b)]
+    sides = [[{"scores": s, "predicted": {"0.5": s >= 0.5}} for _ in range(2)] for s in (a, b)]
     found = compare(*sides, y, range(60), 199)
     assert found["units"] == 60 and set(found["permutation"]) == {"ap", "f1_sen_spe@0.5"}
     assert found["permutation"]["ap"]["difference"] == pytest.approx(macro(a, y, "ap") - macro(b, y, "ap"))
     assert found["permutation"]["ap"]["stars"] == stars(found["permutation"]["ap"]["p"]) == "**"
-    assert found["paired"]["ap"]["pairs"] == 6 and found["paired"]["ap"]["t_test"] < 0.05
     same = compare(sides[0], sides[0], y, range(60), 99)
     assert same["permutation"]["ap"] == {"difference": 0, "p": 1, "stars": ""}
 

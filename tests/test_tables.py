@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
-from test_readme import commands_of, parse
+from helpers import commands_of, parse, save_images
 
+import sample_ddp
 from classification.synthetic import open_synthetic
 from core.errors import UserError
 from dataset.root import read_split, write_split
-from generation.sampling import sample_folder
+from generation.checkpoint import Checkpoint
+from generation.output import folder_name
 from scripts import check_synthetic, plan
 from scripts.throughput import Throughput
 
@@ -29,10 +30,8 @@ MODELS = ("GeCA-S", "DiT-S", "LDM-B")
 
 def make_root(folder, label_names=("AMD", "DME"), sizes=(6, 4)):
     """Two folds: train_0 has sizes[0] images and train_1 sizes[1]; val_k are the others."""
-    (folder / "images").mkdir(parents=True)
-    names = [f"images/{i}.png" for i in range(sum(sizes) + 2)]
-    for name in names:
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / name)
+    names = [f"images/{path.name}" for path in save_images(np.zeros((sum(sizes) + 2, 8, 8, 3), np.uint8),
+                                                             folder / "images")]
     first, second, test = names[:sizes[0]], names[sizes[0]:-2], names[-2:]
     for split, files in (("train_0", first), ("val_0", second), ("train_1", second), ("val_1", first), ("test", test)):
         labels = np.eye(len(label_names), dtype=int)[np.arange(len(files)) % len(label_names)]
@@ -109,7 +108,9 @@ def test_each_command_takes_what_another_makes(dry, table, sampler):
     for trained, sampled in zip(by["train"], by[sampler], strict=True):
         run = Path(trained["results_dir"]) / f"000-{trained['model'].replace('/', '-')}-{trained['fold']}"
         assert sampled["ckpt"] == run / "checkpoints" / "best_ckpt.pt" and sampled["fold"] == trained["fold"]
-        made = sampled["sample_dir"] / sample_folder(SimpleNamespace(**sampled), trained)
+        checkpoint = Checkpoint(args=trained, model_args={})
+        options = sample_ddp.options_of(SimpleNamespace(**sampled), checkpoint)
+        made = sampled["sample_dir"] / folder_name(checkpoint, sampled["ckpt"].stem, sampled["fold"], options)
         takers = [str(p) for f in by.get("evaluate", ()) if f["fold"] == trained["fold"] for p in f["gen"]]
         takers += [f"{p}/*-GS-fold-{trained['fold']}-*" for f in by.get("classify", ()) for p in f["synthetic"]]
         assert sum(fnmatch.fnmatch(made, pattern) for pattern in takers) == 1
@@ -118,8 +119,8 @@ def test_each_command_takes_what_another_makes(dry, table, sampler):
 
 
 def test_folds_one_by_one_where_they_are_not_all(dry, root):
-    write_split(root, "train_2", ["images/0.png"], np.ones((1, 2), int), ("AMD", "DME"), ["p"])
-    write_split(root, "val_2", ["images/1.png"], np.ones((1, 2), int), ("AMD", "DME"), ["q"])
+    write_split(root, "train_2", ["images/000000.png"], np.ones((1, 2), int), ("AMD", "DME"), ["p"])
+    write_split(root, "val_2", ["images/000001.png"], np.ones((1, 2), int), ("AMD", "DME"), ["q"])
     found = [f for s, f in dry(2, "--folds", "0 2", "--models", "GeCA-S")[1] if s == "classify"]
     assert [(f["method"], f["fold"], f["baseline"] is not None) for f in found] == [
         ("baseline", 0, False), ("baseline", 2, False), ("baseline-without-augmentation", 0, False),
@@ -245,9 +246,9 @@ def test_an_output_keeps_its_settings(root, monkeypatch, capsys):
     command = ("--data", root, "--output", root.parent / "out")
     run_plan(monkeypatch, capsys, 1, *command)
     run_plan(monkeypatch, capsys, 2, *command, "--folds", 1, "--models", "GeCA-XS", "--launch", "other")
-    with pytest.raises(UserError, match=r"made with other settings \(epochs 14000, now 5\)"):
+    with pytest.raises(UserError, match=r"made with other settings \(epochs 14000 \(now 5\)\)"):
         run_plan(monkeypatch, capsys, 1, *command, "--epochs", 5)
-    write_split(root, "test", ["images/0.png"], np.ones((1, 2), int), ("AMD", "DME"), ["p"])
+    write_split(root, "test", ["images/000000.png"], np.ones((1, 2), int), ("AMD", "DME"), ["p"])
     with pytest.raises(UserError, match="csv_files"):
         run_plan(monkeypatch, capsys, 1, *command)
 
