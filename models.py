@@ -9,7 +9,7 @@ remembers between calls: GeCA's living cells; None for a model without memory.
 
 import math
 from collections import OrderedDict
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DModel
@@ -91,9 +91,13 @@ class GeCA(LocalRule):
     def forward(self, x, t, y, state=None, generator=None):
         n, _, h, w = x.shape
         if state is None:
-            state = self.initial_state(n, h, w, on_device(self.draw_seed(n, generator), x.device).to(x.dtype))
+            seed = on_device(self.draw_seed(n, generator), x.device).to(x.dtype)  # (N, 2C)
+            state = self.initial_state(n, h, w, seed)  # (N, S, H, W), S = 2C + hidden
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        state = grow(self, x, state, c, self.draw_fire(n, h * w, generator), self.engine)
+        fire = self.draw_fire(n, h * w, generator)  # (steps, N, H·W)
+        if x.is_cuda:
+            fire = fire.pin_memory()  # then the host need not wait while it is copied to the GPU
+        state = grow(self, x, state, c, fire, self.engine)  # (N, S, H, W)
         return state[:, : self.out_channels], state
 
     def draw_seed(self, n, generator):
@@ -234,14 +238,15 @@ class DiT(Memoryless):
                 "input_size": patch * math.isqrt(shapes["pos_embed"][1])}
 
     def forward(self, x, t, y, state=None, generator=None):
-        side = x.shape[-1] // self.patch
+        side = x.shape[-1] // self.patch  # T = side² tokens
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         again = self.checkpoint_steps and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
+            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, patch · patch · 2C)
-        x = x.unflatten(-1, (self.patch, self.patch, self.out_channels)).unflatten(1, (side, side))
+        x = x.unflatten(-1, (self.patch, self.patch, self.out_channels))  # (N, T, patch, patch, 2C)
+        x = x.unflatten(1, (side, side))  # (N, side, side, patch, patch, 2C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3), None  # (N, 2C, H, W)
 
 
@@ -291,7 +296,7 @@ class LDM(Memoryless):
         if self.unet.is_gradient_checkpointing != self.checkpoint_steps:
             (self.unet.enable_gradient_checkpointing if self.checkpoint_steps
              else self.unet.disable_gradient_checkpointing)()
-        return self.unet(x, t, class_labels=self.y_embedder(y)).sample, None
+        return self.unet(x, t, class_labels=self.y_embedder(y)).sample, None  # (N, 2C, H, W)
 
 
 def xavier_uniform(model):
@@ -314,16 +319,36 @@ def zero(*linears):
         nn.init.zeros_(linear.bias)
 
 
+@dataclass(frozen=True)
+class Spec:
+    """A row of MODELS: called with `input_size`, `num_classes` and `in_channels`, it builds the model."""
+
+    kind: type  # the class
+    sizes: dict  # what distinguishes this model from others of its class
+
+    def __call__(self, input_size=32, num_classes=11, in_channels=4):
+        return self.kind(input_size, num_classes, in_channels, **self.sizes)
+
+    @property
+    def any_grid(self):
+        """Do the same weights work on a grid of any size?"""
+        return self.kind.any_grid
+
+    def sizes_of(self, shapes):
+        """What to call this row with so that weights of these shapes (name -> shape) fit; None if they never can."""
+        return self.kind.sizes(shapes)
+
+
 # Sizes of the paper and of the published code (models.py there); heads have 64 channels.
 MODELS = {
-    "GeCA-S": partial(GeCA, width=768, mlp_width=3072, hidden=64),
-    "GeCA-XS": partial(GeCA, width=384, mlp_width=64, hidden=32),
+    "GeCA-S": Spec(GeCA, {"width": 768, "mlp_width": 3072, "hidden": 64}),
+    "GeCA-XS": Spec(GeCA, {"width": 384, "mlp_width": 64, "hidden": 32}),
 }
 # Sizes of the DiT paper (Table 1); a name without a patch size means patches of 2.
 for size, (width, depth, heads) in {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
                                     "XL": (1152, 28, 16)}.items():
     for patch in (2, 4, 8):
-        MODELS[f"DiT-{size}/{patch}"] = partial(DiT, width=width, depth=depth, heads=heads, patch=patch)
+        MODELS[f"DiT-{size}/{patch}"] = Spec(DiT, {"width": width, "depth": depth, "heads": heads, "patch": patch})
     MODELS[f"DiT-{size}"] = MODELS[f"DiT-{size}/2"]
 # Never published: 17.2 M parameters by widths, residual blocks and attention of the smaller two of its three grids.
-MODELS["LDM-B"] = partial(LDM, widths=(128, 192, 192), layers=2, attention=(False, True, True))
+MODELS["LDM-B"] = Spec(LDM, {"widths": (128, 192, 192), "layers": 2, "attention": (False, True, True)})

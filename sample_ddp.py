@@ -147,7 +147,7 @@ def check_fit(args, checkpoint, codec):
     if sizes["in_channels"] != codec.channels:
         raise UserError(f"--vae {trained['vae']}: has {codec.channels} channels, {args.ckpt} was trained on "
                         f"{sizes['in_channels']}; give the VAE it was trained with")
-    if not MODELS[sizes["model"]].func.any_grid and cells != sizes.get("input_size", cells):
+    if not MODELS[sizes["model"]].any_grid and cells != sizes.get("input_size", cells):
         raise UserError(f"--image-size {trained['image_size']}: {cells} cells per side, {args.ckpt} works on "
                         f"{sizes['input_size']}; give --image-size {sizes['input_size'] * codec.factor}")
     return cells

@@ -210,7 +210,7 @@ def check(args, accelerator, cache, codec, split):
     latents.check(cache, latents.manifest_of(split, codec, args.image_size), split.labels, codec, cells)
     if args.in_channels is not None and args.in_channels != codec.channels:
         raise UserError(f"--in-channels {args.in_channels}: the VAE has {codec.channels}; leave the flag out")
-    if args.multi_scale and not MODELS[args.model].func.any_grid:
+    if args.multi_scale and not MODELS[args.model].any_grid:
         raise UserError(f"--multi-scale: {args.model} works on one grid only; leave the flag out or take a GeCA")
     if args.multi_scale and cache.mean.shape[-1] % 4:
         raise UserError(f"--multi-scale: found {cache.mean.shape[-1]} cells per side, expected a multiple of 4")

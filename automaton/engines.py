@@ -1,27 +1,45 @@
-"""How the local rule is applied for a number of steps: a readable way and a fast one with the same result.
+"""How the local rule is applied for a number of steps: computing every cell, or only what can have changed.
 
-`dense` computes every cell of every step: the reference. `asynchronous` gives the same result for half the arithmetic:
-a cell that does not fire needs no query, MLP or update, and a cell that did not fire in the previous step has the
-embedding, key and value it had before, since neither its state nor the condition has changed.
+`dense` computes every cell at every step, as automaton/reference.py writes it. `asynchronous` gives the same result for
+half the arithmetic. It rests on two facts (a call has one input and one condition, and half of the cells rest):
 
-`base` (N, L, D) is what does not change of a cell's embedding, `state` (N, L, S) the living channels of L = H·W cells,
-`m` the modulation, `fire` (steps, N, L) bool: which cells fire. All engines return the new state.
+    a cell that does not fire now needs no query, no MLP and no update;
+    a cell that did not fire at the last step still has the embedding, key and value it had before.
+
+So a cache holds the embedding, key and value of every cell, and each step (a) renews the rows of the cache whose cells
+fired at the last step, then (b) computes the update of the cells that fire now, from the cache.
+
+Training must go backward through this. `_Recomputed` keeps little of the forward pass and computes most of it again:
+
+    kept, per step        the old state, keys and values of the rows that are overwritten; the results of the four
+                          large matrix products of the cells that fire (queries, attention output, both of the MLP)
+    computed again        norms, modulation, attention, activations: most of the memory, little of the time
+    why backward can      Overwriting is undone by putting the old rows back. Backward visits the steps from last to
+    walk the other way    first; before it differentiates step i it has restored state and cache to what they were at
+                          step i, so that the step can be differentiated alone, with its kept products in place of new
+                          ones. Nothing else of the past is needed.
+
+Shapes: N images of L = H·W cells; `base` (N, L, D) is the part of the embedding that no step changes, `state` (N, L, S)
+the output and hidden channels, `m` the modulation, `fire` (steps, N, L) bool which cells fire. R is the number of rows,
+cells of one image, that a step computes.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from automaton.rule import Modulation, Recorder, Replay
-from core.random import on_device
+from automaton.rule import Cache, Modulation
 
 
 def grow(rule, x, state, c, fire, engine="auto"):
     """Apply the rule len(fire) times.
 
-    x (N, C, H, W) input, state (N, S, H, W), c (N, D) condition, fire (steps, N, H·W) bool on the CPU: which cells
-    fire -> state (N, S, H, W). `engine`: "dense", "asynchronous", or "auto": dense where every cell fires.
+    x (N, C, H, W) input, state (N, S, H, W), c (N, D) condition, fire (steps, N, H·W) bool on the CPU (pinned where
+    the rest is on a GPU) -> state (N, S, H, W). `engine`: "dense", "asynchronous", or "auto": dense where every cell
+    fires.
     """
     if engine == "auto":
         engine = "dense" if fire.all() else "asynchronous"
@@ -35,141 +53,214 @@ def dense(rule, base, state, m, fire, grid):
 
     def step(state, fires, *m):
         m = Modulation(*m)
-        e, k, v = rule.tables(base, state, m)
-        return state + fires[..., None] * rule.step_update(e, k, v, m, None, grid)
+        e, k, v = rule.cache(base, state, m)  # (N, L, D) each
+        return state + fires[..., None] * rule.step_update(e, k, v, m, None, grid)  # (N, L, S)
 
     again = rule.checkpoint_steps and torch.is_grad_enabled()
-    for fires in on_device(fire, state.device):
+    for fires in fire.to(state.device, non_blocking=True):  # (N, L)
         state = checkpoint(step, state, fires, *m, use_reentrant=False) if again else step(state, fires, *m)
     return state
 
 
 def asynchronous(rule, base, state, m, fire, grid):
-    """Only cells that fire, and cells that fired at the step before."""
+    """Only the cells that fire, and the cache of those that fired at the step before."""
     steps = firing_rows(fire, state.device)
     if not torch.is_grad_enabled():
         return _in_place(rule, base, state.clone(), m, steps, grid)
     if rule.checkpoint_steps:
         return _Recomputed.apply(rule, steps, grid, base, state, *m, *rule.step_parameters())
-    return _kept(rule, base, state, m, steps, grid)
+    return _everything_kept(rule, base, state, m, steps, grid)
+
+
+# ---- the rows of a step
 
 
 class Step:
-    """Which rows of the flattened (N·L) cells one step computes: the same number of each image.
+    """The rows of the (N, L, ...) cells that one step computes, R of each image: how to read and write them.
 
-    `rows` (N·R,) the cells that fire. R is the largest number of firing cells of any image; an image with fewer is
-    filled up with cells that do not fire, where `fires` (N, R, 1) is 0. So every image has the same number of rows, and
-    what is per image (the modulation) needs no copies.
+    `rows` (N·R,): indices into the N·L cells. R is the largest number of firing cells of any image. An image with fewer
+    is filled up with cells that rest, where `fires` (N, R, 1) is 0: then all images have the same number of rows, and
+    what is one per image (the modulation) broadcasts over them without a copy.
     """
 
     def __init__(self, rows, fires):
         self.rows, self.fires = rows, fires
 
-    def of(self, table):
-        """(N, L, D) -> the rows (N, R, D)."""
-        return table.flatten(0, 1).index_select(0, self.rows).view(len(table), -1, table.shape[-1])
+    def of(self, cells):
+        """(N, L, D) -> its rows (N, R, D)."""
+        return cells.flatten(0, 1).index_select(0, self.rows).view(len(cells), -1, cells.shape[-1])
 
-    def put(self, table, values):
-        """The table (N, L, D) with other rows (N, R, D): a new one."""
-        return table.flatten(0, 1).index_copy(0, self.rows, values.flatten(0, 1).to(table.dtype)).view_as(table)
+    def put(self, cells, values):
+        """A copy of (N, L, D) with other rows (N, R, D)."""
+        return cells.flatten(0, 1).index_copy(0, self.rows, values.flatten(0, 1).to(cells.dtype)).view_as(cells)
 
-    def put_(self, table, values):
+    def put_(self, cells, values):
         """The same in place."""
-        table.view(-1, table.shape[-1]).index_copy_(0, self.rows, values.flatten(0, 1).to(table.dtype))
+        cells.view(-1, cells.shape[-1]).index_copy_(0, self.rows, values.flatten(0, 1).to(cells.dtype))
 
-    def add_(self, table, values):
+    def add_(self, cells, values):
         """Add to these rows, in place."""
-        table.view(-1, table.shape[-1]).index_add_(0, self.rows, values.flatten(0, 1).to(table.dtype))
+        cells.view(-1, cells.shape[-1]).index_add_(0, self.rows, values.flatten(0, 1).to(cells.dtype))
 
-    def clear_(self, table):
+    def clear_(self, cells):
         """Set these rows to 0, in place."""
-        table.view(-1, table.shape[-1]).index_fill_(0, self.rows, 0)
+        cells.view(-1, cells.shape[-1]).index_fill_(0, self.rows, 0)
 
 
 def firing_rows(fire, device):
-    """fire (steps, N, L) bool on the CPU -> a Step for each step at which any cell fires, on `device`."""
-    most = fire.sum(2).amax(1).tolist()  # the sizes must be known on the host; the rest is done on the device
-    fire = on_device(fire, device)
-    order = fire.byte().argsort(dim=2, descending=True, stable=True)  # firing cells first
-    first = torch.arange(fire.shape[1], device=device)[:, None] * fire.shape[2]
+    """fire (steps, N, L) bool on the CPU -> a Step on `device` for every step at which any cell fires."""
+    most = fire.sum(2).amax(1).tolist()  # shapes must be known on the host; everything else happens on the device
+    fire = fire.to(device, non_blocking=True)
+    order = fire.byte().argsort(dim=2, descending=True, stable=True)  # of each image the cells that fire come first
+    first = torch.arange(fire.shape[1], device=device)[:, None] * fire.shape[2]  # (N, 1): index of cell 0 of each image
     steps = []
     for fires, cells, count in zip(fire, order, most, strict=True):
         if count:
-            cells = cells[:, :count]
+            cells = cells[:, :count]  # (N, R)
             steps.append(Step((cells + first).flatten(), fires.gather(1, cells)[..., None]))
     return steps
 
 
+# ---- forward
+
+
 def _in_place(rule, base, state, m, steps, grid):
-    """Without gradients: `state` and the tables of embeddings, keys and values are written over."""
-    tables = moved = None
+    """Without gradients: state and cache are overwritten."""
+    cache = fired = None
     for step in steps:
-        tables = _first(rule, base, state, m) if tables is None else _renew(rule, tables, base, state, m, moved)
-        _move(rule, tables, state, m, step, grid)
-        moved = step
+        cache = _first_cache(rule, base, state, m) if cache is None else _renew_(rule, cache, base, state, m, fired)
+        _move_(rule, cache, state, m, step, grid)
+        fired = step
     return state
 
 
-def _first(rule, base, state, m):
-    """Embeddings, keys and values of all cells."""
-    return [table.contiguous() for table in rule.tables(base, state, m)]
+def _first_cache(rule, base, state, m):
+    """The cache of all cells."""
+    return Cache(*(part.contiguous() for part in rule.cache(base, state, m)))
 
 
-def _renew(rule, tables, base, state, m, moved):
-    """Compute those of the rows that moved from the state as it is now, in place."""
-    for table, values in zip(tables, rule.tables(moved.of(base), moved.of(state), m), strict=True):
-        moved.put_(table, values)
-    return tables
+def _renew_(rule, cache, base, state, m, fired):
+    """Compute the cache of the rows `fired` from the state as it is now, in place."""
+    for part, values in zip(cache, rule.cache(fired.of(base), fired.of(state), m), strict=True):
+        fired.put_(part, values)
+    return cache
 
 
-def _move(rule, tables, state, m, step, grid, linear=F.linear):
+def _move_(rule, cache, state, m, step, grid, linear=F.linear):
     """Add the update of one step to the state, in place."""
-    update = rule.step_update(step.of(tables[0]), *tables[1:], m, step.rows, grid, linear)
+    update = rule.step_update(step.of(cache.e), cache.k, cache.v, m, step.rows, grid, linear)  # (N, R, S)
     step.put_(state, step.of(state) + step.fires * update)
 
 
-def _kept(rule, base, state, m, steps, grid):
-    """With gradients, and everything that autograd wants kept."""
-    tables = moved = None
+def _everything_kept(rule, base, state, m, steps, grid):
+    """With gradients, autograd keeping whatever it wants: fastest, and with the most memory."""
+    cache = fired = None
     for step in steps:
-        if tables is None:
-            tables = _first(rule, base, state, m)
+        if cache is None:
+            cache = _first_cache(rule, base, state, m)
         else:
-            renewed = rule.tables(moved.of(base), moved.of(state), m)
-            tables = [moved.put(table, values) for table, values in zip(tables, renewed, strict=True)]
-        update = rule.step_update(step.of(tables[0]), tables[1], tables[2], m, step.rows, grid)
+            renewed = rule.cache(fired.of(base), fired.of(state), m)
+            cache = Cache(*(fired.put(part, values) for part, values in zip(cache, renewed, strict=True)))
+        update = rule.step_update(step.of(cache.e), cache.k, cache.v, m, step.rows, grid)
         state = step.put(state, step.of(state) + step.fires * update)
-        moved = step
+        fired = step
     return state
 
 
-class _Recomputed(torch.autograd.Function):
-    """The asynchronous engine for training: keeps what is small or dear, and computes the rest once more in backward.
+# ---- backward with recomputation
 
-    Kept are, of the rows that fired, the old state, the keys and values that were written over, and the results of the
-    four matrix products. Backward walks through the steps from the last to the first; putting the old rows back
-    restores the tables of embeddings, keys and values, and each step is differentiated by itself. Norms, modulation,
-    attention and activations, which take most of the memory and little of the time, are computed again.
-    """
+
+class Recorder:
+    """F.linear that remembers its results, in order."""
+
+    def __init__(self):
+        self.results = []
+
+    def __call__(self, x, weight, bias=None):
+        self.results.append(F.linear(x, weight, bias))
+        return self.results[-1]
+
+
+class Replay:
+    """F.linear whose results are known already: no product now, and the right gradients in backward."""
+
+    def __init__(self, results):
+        self.results = iter(results)
+
+    def __call__(self, x, weight, bias=None):
+        known = next(self.results)
+        return _KnownLinear.apply(x.to(known.dtype), weight.to(known.dtype), bias, known)
+
+
+class _KnownLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, known):
+        ctx.save_for_backward(x, weight)
+        return known.view_as(known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, (needs_x, needs_weight, needs_bias, _) = grad.flatten(0, -2), ctx.needs_input_grad
+        return (grad @ weight if needs_x else None, rows.T @ x.flatten(0, -2) if needs_weight else None,
+                rows.sum(0) if needs_bias else None, None)
+
+
+class Moved(NamedTuple):
+    """Kept of the rows that a step moved: their state before it, and the results of its matrix products."""
+
+    old_state: torch.Tensor  # (N, R, S)
+    queries: torch.Tensor  # (N, R, D)
+    attention_output: torch.Tensor  # (N, R, D)
+    mlp_hidden: torch.Tensor  # (N, R, MLP)
+    mlp_output: torch.Tensor  # (N, R, D)
+
+    @property
+    def products(self):
+        """In the order in which `LocalRule.step_update` asks for them."""
+        return self[1:]
+
+
+class Overwritten(NamedTuple):
+    """Kept of the rows of the cache that were renewed before a step: what stood there. (Embeddings cost nothing.)"""
+
+    k: torch.Tensor  # (N, R, D)
+    v: torch.Tensor  # (N, R, D)
+
+
+def _grouped(tensors, kind):
+    """A flat list of tensors -> a list of named tuples."""
+    size = len(kind._fields)
+    return [kind(*tensors[i:i + size]) for i in range(0, len(tensors), size)]
+
+
+class _Recomputed(torch.autograd.Function):
+    """The asynchronous engine for training; the head of this file says what is kept and why that is enough."""
 
     @staticmethod
     def forward(ctx, rule, steps, grid, base, state, *m_and_parameters):
-        m, state = Modulation(*m_and_parameters[:8]), state.clone()
-        tables, moved, kept = None, None, []
+        count = len(Modulation._fields)
+        m, parameters = Modulation(*m_and_parameters[:count]), m_and_parameters[count:]
+        state, cache, fired = state.clone(), None, None
+        moved, overwritten = [], []  # a Moved per step, an Overwritten per step but the first
         for step in steps:
-            if tables is None:
-                tables = _first(rule, base, state, m)
+            if cache is None:
+                cache = _first_cache(rule, base, state, m)
             else:
-                kept += [moved.of(tables[1]), moved.of(tables[2])]
-                _renew(rule, tables, base, state, m, moved)
+                overwritten.append(Overwritten(fired.of(cache.k), fired.of(cache.v)))
+                _renew_(rule, cache, base, state, m, fired)
             old, products = step.of(state), Recorder()
-            _move(rule, tables, state, m, step, grid, products)
-            kept += [old, *products.results]
-            moved = step
-        parameters = m_and_parameters[8:]  # saved only so that PyTorch notices if they change before backward
-        ctx.save_for_backward(*parameters, base, state, *m, *(tables or []), *kept)
-        ctx.rule, ctx.steps, ctx.grid, ctx.parameters = rule, steps, grid, len(parameters)
-        # Without the cache: older PyTorch would find casts in it that were made without gradients.
+            _move_(rule, cache, state, m, step, grid, products)
+            moved.append(Moved(old, *products.results))
+            fired = step
+        # Parameters are saved only so that PyTorch notices if they change before backward.
+        groups = [parameters, (base, state), m, cache or (), [t for part in moved for t in part],
+                  [t for part in overwritten for t in part]]
+        ctx.save_for_backward(*(tensor for group in groups for tensor in group))
+        ctx.sizes = [len(group) for group in groups]
+        ctx.rule, ctx.steps, ctx.grid = rule, steps, grid
+        # Without autocast's cache: older PyTorch would find casts in it that were made without gradients.
         ctx.autocast = {"device_type": base.device.type, "enabled": torch.is_autocast_enabled(base.device.type),
                         "dtype": torch.get_autocast_dtype(base.device.type), "cache_enabled": False}
         return state
@@ -177,77 +268,84 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        base, state, *saved = ctx.saved_tensors[ctx.parameters:]
-        m, tables, kept = Modulation(*saved[:8]), saved[8:11], saved[11:]
+        saved = iter(ctx.saved_tensors)
+        _, (base, state), m, cache, moved, overwritten = ([next(saved) for _ in range(n)] for n in ctx.sizes)
+        m = Modulation(*m)
         with torch.autocast(**ctx.autocast):
-            back = _Backward(ctx.rule, base, state.clone(), m, [t.clone() for t in tables], ctx.grid,
+            back = _Backward(ctx.rule, base, state.clone(), m, [part.clone() for part in cache], ctx.grid,
                              grad.clone(memory_format=torch.contiguous_format))
-            back.walk(ctx.steps, kept)
+            back.walk(ctx.steps, _grouped(moved, Moved), _grouped(overwritten, Overwritten))
         grad_m = [total.to(t.dtype) for total, t in zip(back.grad_m, m, strict=True)]
         return (None, None, None, back.grad_base, back.grad_state, *grad_m, *back.grad_parameters)
 
 
 class _Backward:
-    """What backward holds while it walks: state and tables of one moment, and the gradients so far."""
+    """State and cache at one moment, and the gradients of what came after it; `walk` goes back in time.
 
-    def __init__(self, rule, base, state, m, tables, grid, grad):
-        self.rule, self.base, self.state, self.m, self.tables, self.grid = rule, base, state, m, tables, grid
+    At the start they are those after the last step. Gradients that several steps add to are summed in float32.
+    """
+
+    def __init__(self, rule, base, state, m, cache, grid, grad):
+        self.rule, self.base, self.state, self.m, self.cache, self.grid = rule, base, state, m, cache, grid
         self.parameters = rule.step_parameters()
         self.grad_state, self.grad_base = grad, torch.zeros_like(base)
-        self.grad_tables = [torch.zeros_like(table, dtype=_sum_dtype(table)) for table in tables]
+        self.grad_cache = [torch.zeros_like(part, dtype=_sum_dtype(part)) for part in cache]
         self.grad_m = [torch.zeros_like(t, dtype=_sum_dtype(t)) for t in m]
         self.grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in self.parameters]
 
-    def walk(self, steps, kept):
-        """kept, of each step: old keys and values (not of the first), old state, results of four products."""
-        kept = [(None, None, *kept[:5]), *(kept[i: i + 7] for i in range(5, len(kept), 7))]
+    def walk(self, steps, moved, overwritten):
+        """From the last step to the first; `moved` has an entry per step, `overwritten` one per step but the first."""
         for i in reversed(range(len(steps))):
-            old_k, old_v, old_state, *products = kept[i]
-            self.through_move(steps[i], products)
-            steps[i].put_(self.state, old_state)
-            if i:
-                self.through_renewal(steps[i - 1], kept[i - 1][2], old_k, old_v)
+            # The cache is that of step i. Its update read it, and the rows of the state are those before the update.
+            self.through_move(steps[i], moved[i].products)
+            steps[i].put_(self.state, moved[i].old_state)  # the state as it was before step i
+            if i:  # before it, the rows that had fired at step i - 1 were renewed from this state
+                self.through_renewal(steps[i - 1], moved[i - 1].old_state, overwritten[i - 1])
         if steps:
-            self.through_first()
+            self.through_first_cache()
 
     def through_move(self, step, products):
-        """state += fires · update(e of the rows, keys, values)."""
+        """state += fires · update(embeddings of the rows, keys and values of all cells)."""
 
         def update(e, k, v, m):
             return [self.rule.step_update(e, k, v, m, step.rows, self.grid, Replay(products))]
 
-        inputs = [step.of(self.tables[0]), *self.tables[1:]]
-        grad_e, grad_k, grad_v = self.differentiate(update, inputs, [step.fires * step.of(self.grad_state)])
-        step.add_(self.grad_tables[0], grad_e)
-        self.grad_tables[1] += grad_k
-        self.grad_tables[2] += grad_v
+        e, k, v = self.cache
+        # The state itself passes on its gradient unchanged (state + ...): only the update is differentiated.
+        grad_e, grad_k, grad_v = self.differentiate(update, [step.of(e), k, v], [step.fires * step.of(self.grad_state)])
+        step.add_(self.grad_cache[0], grad_e)
+        self.grad_cache[1] += grad_k
+        self.grad_cache[2] += grad_v
 
-    def through_renewal(self, moved, old_state, old_k, old_v):
-        """The rows `moved` of the tables came from the state as it is now; what they held before has no part in it."""
-        base = moved.of(self.base)
-        grad_base, grad_state = self.through_tables(base, moved.of(self.state),
-                                                    [moved.of(grad) for grad in self.grad_tables])
-        moved.add_(self.grad_base, grad_base)
-        moved.add_(self.grad_state, grad_state)
-        for grad, table, old in zip(self.grad_tables, self.tables, (self.rule.embed(base, old_state), old_k, old_v),
-                                    strict=True):
-            moved.clear_(grad)
-            moved.put_(table, old)
+    def through_renewal(self, fired, old_state, old):
+        """cache[rows] = cache(base[rows], state[rows]), the rows `fired`; then undo it.
 
-    def through_first(self):
-        """All rows of the tables came from the first state."""
-        grad_base, grad_state = self.through_tables(self.base, self.state, self.grad_tables)
+        What stood in these rows before has no part in the new values: its gradient starts again at 0.
+        """
+        base = fired.of(self.base)
+        grad_base, grad_state = self.through_cache(base, fired.of(self.state),
+                                                   [fired.of(grad) for grad in self.grad_cache])
+        fired.add_(self.grad_base, grad_base)
+        fired.add_(self.grad_state, grad_state)
+        before = Cache(self.rule.embed(base, old_state), old.k, old.v)  # made from the state before they fired
+        for grad, part, values in zip(self.grad_cache, self.cache, before, strict=True):
+            fired.clear_(grad)
+            fired.put_(part, values)
+
+    def through_first_cache(self):
+        """cache = cache(base, state), of all cells and the state that the call began with."""
+        grad_base, grad_state = self.through_cache(self.base, self.state, self.grad_cache)
         self.grad_base += grad_base
         self.grad_state += grad_state
 
-    def through_tables(self, base, state, grad_tables):
-        """(e, k, v) = tables(base, state). Nothing reads k and v here: any numbers of their shape will do."""
-        unread = self.tables[1].new_empty(1).expand(*base.shape[:2], 2 * base.shape[2])
-        return self.differentiate(lambda base, state, m: self.rule.tables(base, state, m, Replay([unread])),
-                                  [base, state], grad_tables)
+    def through_cache(self, base, state, grad_cache):
+        """Gradients of `LocalRule.cache` to base and state. Nobody reads keys and values here: any numbers will do."""
+        unread = self.cache[1].new_empty(1).expand(*base.shape[:2], 2 * base.shape[2])
+        return self.differentiate(lambda base, state, m: self.rule.cache(base, state, m, Replay([unread])),
+                                  [base, state], grad_cache)
 
     def differentiate(self, function, inputs, grad_outputs):
-        """Gradients of function(*inputs, m) to its inputs; those to modulation and parameters are added up here."""
+        """Gradients of function(*inputs, m) to its inputs; those to modulation and parameters are summed here."""
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in inputs]
             m = Modulation(*(t.detach().requires_grad_() for t in self.m))
@@ -263,7 +361,7 @@ class _Backward:
 
 
 def _sum_dtype(tensor):
-    """Twelve sums are too many for half precision."""
+    """Twelve summands are too many for half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

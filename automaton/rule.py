@@ -1,12 +1,7 @@
-"""The local rule of GeCA: the weights of one step and its parts.
+"""The local rule of GeCA: the weights of one step, under their published names, and the parts it consists of.
 
-One cell per latent pixel; a cell holds [input | output | hidden] channels. The input is x_t and never moves; output
-and hidden together are the living *state*. One step (paper Sec. 2; published geca.py `f`):
-
-    e = embedding of the cell + position code                      every cell
-    z = e + gate1 · attention(modulated norm of e)                 3x3 neighbourhood
-    z = z + gate2 · MLP(modulated norm of z)
-    state += fire · linear(modulated norm of z)                    each cell fires with probability 1/2
+automaton/reference.py writes the rule out as a whole and numbers its steps (1) to (6); the numbers below are the same.
+Here it is cut into the parts that automaton/engines.py computes for some cells only.
 """
 
 from functools import lru_cache
@@ -14,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from automaton.attention import neighbourhood_attention
@@ -84,41 +78,12 @@ class Modulation(NamedTuple):
     scale3: torch.Tensor
 
 
-class Recorder:
-    """F.linear that remembers its results, in order."""
+class Cache(NamedTuple):
+    """What neighbours and later steps read of every cell: its embedding, key and value; each (N, L, D)."""
 
-    def __init__(self):
-        self.results = []
-
-    def __call__(self, x, weight, bias=None):
-        self.results.append(F.linear(x, weight, bias))
-        return self.results[-1]
-
-
-class Replay:
-    """F.linear whose results are known already: costs nothing now, and its gradients in backward."""
-
-    def __init__(self, results):
-        self.results = iter(results)
-
-    def __call__(self, x, weight, bias=None):
-        known = next(self.results)
-        return _KnownLinear.apply(x.to(known.dtype), weight.to(known.dtype), bias, known)
-
-
-class _KnownLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, known):
-        ctx.save_for_backward(x, weight)
-        return known.view_as(known)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows, (needs_x, needs_weight, needs_bias, _) = grad.flatten(0, -2), ctx.needs_input_grad
-        return (grad @ weight if needs_x else None, rows.T @ x.flatten(0, -2) if needs_weight else None,
-                rows.sum(0) if needs_bias else None, None)
+    e: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 def modulate(x, shift, scale):
@@ -128,20 +93,21 @@ def modulate(x, shift, scale):
 
 @lru_cache(maxsize=8)
 def position_code(cells, width, device):
-    """PE(n): sines in the even and cosines in the odd places, (cells, width); n counts cells row by row.
+    """PE(n) of the n-th cell, row by row: sines in the even columns, cosines in the odd ones; (cells, width).
 
-    The published frequencies differ between a sine and its cosine: place j has 10000^(-j/width).
+    Column j has the frequency 10000^(-j/width). (In most transformers, a sine and the cosine next to it share one.)
     """
-    place = torch.arange(width, dtype=torch.float64)
-    angle = torch.arange(cells, dtype=torch.float64)[:, None] * 10000 ** (-place / width)
-    return torch.where(place % 2 == 0, angle.sin(), angle.cos()).float().to(device)
+    column = torch.arange(width, dtype=torch.float64)
+    angle = torch.arange(cells, dtype=torch.float64)[:, None] * 10000 ** (-column / width)  # (cells, width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float().to(device)
 
 
 class LocalRule(nn.Module):
     """The weights of one step, under their published names, and its parts; automaton/engines.py puts them together.
 
-    Tensors are (N, R, …): R cells of each of N images, all of them or any selection. `linear` is F.linear, or what
-    takes its place to remember results (Recorder) or to use those remembered (Replay).
+    Shapes: N images of L = H·W cells; of each image R cells, all of them or any selection. `base` (N, R, D) is the part
+    of a cell's embedding that no step changes, `state` (N, R, S) its output and hidden channels, `m` the modulation.
+    `linear` is F.linear, or stands in for it: engines.py records the results of matrix products, and replays them.
     """
 
     def __init__(self, in_channels, state_channels, width, mlp_width):
@@ -150,71 +116,66 @@ class LocalRule(nn.Module):
         self.cell_to_embedding = nn.Linear(in_channels + state_channels, width)
         self.transformer = Transformer(width, mlp_width)
         self.final_layer = FinalLayer(width, state_channels)
-        self.checkpoint_steps = True  # in training, compute each step again in backward instead of keeping it
+        self.checkpoint_steps = True  # in training, recompute most of each step in backward instead of keeping it
 
     def compile_parts(self):
         """Fuse the kernels of each part with torch.compile; for any number of cells, so that it happens once."""
-        for name in ("tables", "mlp", "update"):
+        for name in ("cache", "update"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
     def step_parameters(self):
-        """The parameters that a step uses, once for all steps."""
+        """The parameters that every step uses (those of `base` and `modulation` are used once per call)."""
         return [self.cell_to_embedding.weight, *self.transformer.layers.parameters(),
                 *self.final_layer.linear.parameters()]
 
     def base(self, x):
-        """x (N, C, H, W) -> (N, H·W, D): the input's share of the embedding and the position code."""
+        """(1), the fixed part: x (N, C, H, W) -> input columns of W_e · x + b_e + PE, (N, L, D)."""
         base = F.linear(x.flatten(2).transpose(1, 2), self.cell_to_embedding.weight[:, : self.in_channels],
-                        self.cell_to_embedding.bias)
+                        self.cell_to_embedding.bias)  # (N, L, D)
         return base + position_code(base.shape[1], base.shape[2], base.device).to(base.dtype)
 
     def modulation(self, c):
-        """c (N, D) -> Modulation."""
-        signals = torch.cat([self.transformer.adaLN_modulation(c), self.final_layer.adaLN_modulation(c)], -1)
-        return Modulation(*signals[:, None].chunk(8, dim=-1))
+        """(2): c (N, D) -> Modulation."""
+        signals = torch.cat([self.transformer.adaLN_modulation(c), self.final_layer.adaLN_modulation(c)], -1)  # (N, 8D)
+        return Modulation(*signals[:, None].chunk(len(Modulation._fields), dim=-1))
 
     def embed(self, base, state):
-        """base (N, R, D), state (N, R, S) -> e (N, R, D)."""
+        """(1), complete: base (N, R, D), state (N, R, S) -> e (N, R, D)."""
         return base + F.linear(state, self.cell_to_embedding.weight[:, self.in_channels:])
 
     def project(self, e, m, which, linear=F.linear):
-        """e (N, R, D) -> what `which` names: "q" the queries, "kv" keys and values; (N, R, D) each."""
+        """(3), the projections: e (N, R, D) -> queries (which="q") or keys and values ("kv"), (N, R, D) each."""
         attention = self.transformer.layers[0][0]
-        z = modulate(attention.norm(e), m.shift1, m.scale1)
+        z = modulate(attention.norm(e), m.shift1, m.scale1)  # (N, R, D)
         first, width = "qkv".index(which), e.shape[-1]
         weight = attention.fn.to_qkv.weight[first * width: (first + len(which)) * width]
         return linear(z, weight).split(width, -1)
 
-    def tables(self, base, state, m, linear=F.linear):
-        """What neighbours and later steps look up: embeddings, keys and values, each (N, R, D)."""
+    def cache(self, base, state, m, linear=F.linear):
+        """base (N, R, D), state (N, R, S) -> Cache of these cells, each (N, R, D)."""
         e = self.embed(base, state)
-        return e, *self.project(e, m, "kv", linear)
+        return Cache(e, *self.project(e, m, "kv", linear))
 
     def attend(self, q, k, v, rows, grid):
-        """q (R', D) of the cells `rows` (R',) of all images (None: of all cells), k, v (N, H·W, D) -> (R', D)."""
-        k, v = (t.unflatten(1, grid).unflatten(-1, (self.heads, HEAD_WIDTH)) for t in (k, v))
-        q = q.unflatten(-1, (self.heads, HEAD_WIDTH))
+        """(3), the 3x3 attention: k, v (N, L, D); q (R, D) of the cells `rows` (R,) of the batch -> (R, D).
+
+        Without `rows` all cells attend, q (N·L, D).
+        """
+        k, v = (t.unflatten(1, grid).unflatten(-1, (self.heads, HEAD_WIDTH)) for t in (k, v))  # (N, H, W, heads, d)
+        q = q.unflatten(-1, (self.heads, HEAD_WIDTH))  # (R, heads, d)
         return neighbourhood_attention(q.view_as(k) if rows is None else q, k, v, rows).reshape(len(q), -1)
 
-    def attended(self, e, k, v, m, rows, grid, linear=F.linear):
-        """The block after its attention: e (N, R, D) of the cells `rows` (None: all), k, v (N, H·W, D) -> (N, R, D)."""
-        out = self.transformer.layers[0][0].fn.to_out[0]
-        (q,) = self.project(e, m, "q", linear)
-        seen = self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)
-        return torch.addcmul(e, m.gate1, linear(seen, out.weight, out.bias))
-
-    def mlp(self, z, m, linear=F.linear):
-        """The MLP of the block on what it attended to: (N, R, D) -> (N, R, D)."""
-        mlp = self.transformer.layers[0][1]
-        return mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), linear)
-
-    def update(self, z, mlp, m):
-        """Both -> the update of the state, (N, R, S)."""
-        z = torch.addcmul(z, m.gate2, mlp)
-        normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        return self.final_layer.linear(modulate(normed, m.shift3, m.scale3))
-
     def step_update(self, e, k, v, m, rows, grid, linear=F.linear):
-        """All of it: e (N, R, D), k, v (N, H·W, D) -> the update of the state of the cells `rows`, (N, R, S)."""
-        z = self.attended(e, k, v, m, rows, grid, linear)
-        return self.update(z, self.mlp(z, m, linear), m)
+        """(3) to (5): e (N, R, D) of the cells `rows` (N·R,), None: all; k, v (N, L, D) -> their update (N, R, S)."""
+        out = self.transformer.layers[0][0].fn.to_out[0]
+        (q,) = self.project(e, m, "q", linear)  # (N, R, D)
+        attended = self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)  # (N, R, D)
+        z = torch.addcmul(e, m.gate1, linear(attended, out.weight, out.bias))  # (N, R, D)
+        return self.update(z, m, linear)
+
+    def update(self, z, m, linear=F.linear):
+        """(4) and (5): what a cell makes of what it has perceived, z (N, R, D) -> (N, R, S)."""
+        mlp = self.transformer.layers[0][1]
+        z = torch.addcmul(z, m.gate2, mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), linear))  # (N, R, D)
+        normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)  # no affine weights
+        return self.final_layer.linear(modulate(normed, m.shift3, m.scale3))

@@ -4,11 +4,12 @@
     python benchmarks/bench.py --models GeCA-S --json bench.json   one model, and the numbers as json
     python benchmarks/bench.py --models GeCA-XS --scaling          seconds per cell over grids of 8 to 64
 
-Three tasks: `forward` one call without gradients, `guided` one guided sampling step (two halves in one batch),
-`train` loss, backward and optimiser step. `plain` is benchmarks/plain.py; `dense` computes every cell; `asynchronous`
-is what the scripts use; `kept` is training without --checkpoint-steps. Variants take turns within each round, and the
-fastest round counts, so that a busy machine slows all alike. `memory` is how far the peak rises during the task, in a
-process of its own. `peak` is the share of the matrix-product speed of this device, measured in the same run.
+Three tasks: `forward` one call without gradients, `guided` one guided sampling step (conditional and unconditional in
+one batch), `train` loss, backward and optimiser step. `plain` is automaton/reference.py; `dense` computes every cell;
+`asynchronous` is what the scripts use; `kept` is training without --checkpoint-steps. Before anything is timed, all
+variants must give the same result. They take turns within each round, and the fastest round counts, so that a busy
+machine slows all alike. `memory` is how far the peak rises during the task, in a process of its own. `peak` is the
+share of the matrix-product speed of this device, measured in the same run.
 """
 
 import json
@@ -24,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import plain
+from automaton import reference
 from core import runtime
 from core.cli import Parser, integer, run
 from core.errors import UserError
@@ -42,11 +43,8 @@ class Case:
 
     def __init__(self, name, cells, batch, device, precision="fp32"):
         torch.manual_seed(0)
-        try:
-            self.model = MODELS[name](input_size=cells).to(device)
-        except ValueError as error:
-            raise UserError(f"--cells {cells}: {name}: {error}") from None
-        for p in self.model.parameters():  # start values would make half of the arithmetic zeros
+        self.model = MODELS[name](input_size=cells).to(device)
+        for p in self.model.parameters():  # as initialised, zeros would make half of the arithmetic zeros
             if p.requires_grad:
                 torch.nn.init.normal_(p, std=0.02)
         self.living = hasattr(self.model, "update_rate")
@@ -71,7 +69,7 @@ class Case:
             state = self.model.initial_state(*x.shape[:1], *x.shape[2:],
                                              self.model.draw_seed(len(x), generators).to(x.device))
         fire = self.model.draw_fire(len(x), self.cells**2, generators).to(x.device)
-        return plain.forward(self.model, x, t, y, state, fire)
+        return reference.forward(self.model, x, t, y, fire, state)
 
     def generators(self, half):
         return [generator(0, half, i) for i in range(self.batch)]
@@ -111,6 +109,22 @@ def variants(name, task):
     if not name.startswith("GeCA"):
         return ["model"]
     return ["plain", "dense", "asynchronous", *["kept"] * (task == "train")]
+
+
+AGREE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.1, "fp16": 0.05}  # largest difference, as a share of the largest value
+
+
+def check_agreement(case, names):
+    """Raise RuntimeError unless all variants give the same output: the speed of a wrong result means nothing."""
+    outputs = []
+    for name in names:
+        with torch.no_grad(), runtime.autocast(case.precision, case.device):
+            outputs.append(case.call(name)(case.x, case.diffusion.original(case.i, case.device), case.y, None,
+                                           case.generators("cells"))[0].float())
+    for name, out in zip(names[1:], outputs[1:], strict=True):
+        difference = ((out - outputs[0]).abs().max() / outputs[0].abs().max()).item()
+        if not difference < AGREE[case.precision]:
+            raise RuntimeError(f"{name} differs from {names[0]} by {difference:.1e} of the largest value")
 
 
 def seconds(case, task, names, rounds):
@@ -226,6 +240,7 @@ def measure(args, device, precision):
             batch = args.train_batch if task == "train" else args.batch
             names = variants(name, task)
             case = Case(name, args.cells, batch, device, precision)
+            check_agreement(case, names)
             times = seconds(case, task, names, args.rounds)
             for variant in names:
                 flops = operations(case, task, variant)
@@ -276,12 +291,25 @@ def main():
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder as {args.json.parent}; make it first")
     device = str(runtime.start().device)
+    check(args, device)
     report = {"versions": runtime.versions(), "threads": torch.get_num_threads(), "device": device, "results": {}}
     print(" ".join(f"{key} {value}" for key, value in report["versions"].items()))
     for precision in args.precision:
         report["results"][precision] = (scaling if args.scaling else measure)(args, device, precision)
     if args.json:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
+
+
+def check(args, device):
+    """Raise UserError for what cannot be measured, before anything is."""
+    for precision in args.precision:
+        runtime.allow(precision, device)
+    with torch.device("meta"):
+        for name in args.models:
+            try:
+                MODELS[name](input_size=args.cells)
+            except ValueError as error:
+                raise UserError(f"--cells {args.cells}: {name}: {error}") from None
 
 
 def parser():

@@ -170,7 +170,7 @@ def _identify(content, where):
     """`model_args` and `args` of a file that does not say what it holds, from the shapes of its weights."""
     shapes = {key: value.shape for key, value in (content["ema"] or content["model"]).items()}
     for name, make in MODELS.items():
-        sizes = make.func.sizes(shapes)
+        sizes = make.sizes_of(shapes)
         if sizes and _shapes_of({"model": name, **sizes}) == shapes:
             break
     else:

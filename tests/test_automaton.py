@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import fill, generators, largest_relative
 
+from automaton import reference
 from automaton.attention import neighbourhood_attention
 from automaton.engines import firing_rows
 from automaton.rule import FeedForward, Modulation
@@ -288,7 +289,7 @@ def test_gelu_is_exact_and_norms_have_the_published_eps():
             p.zero_()
         model.final_layer.linear.weight[:, 0] = 1
         zero = torch.zeros(1, 1, 64)
-        update = model.update(flat, zero, Modulation(*[zero] * 8))
+        update = model.update(flat, Modulation(*[zero] * 8))
     assert update.flatten().tolist() == pytest.approx([0.5**0.5] * 9)  # 1e-3 / √(1e-6 + 1e-6)
 
 
@@ -309,3 +310,35 @@ def test_published_weight_names():
                f"{attention}.norm", f"{mlp}.norm", "transformer.adaLN_modulation.1", "final_layer.linear",
                "final_layer.adaLN_modulation.1"]
     assert names == {f"{n}.{kind}" for n in linears for kind in ("weight", "bias")} | {f"{attention}.fn.to_qkv.weight"}
+
+
+@pytest.mark.parametrize("update_rate", [0.5, 1])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 6), (5, 7), (8, 8)])
+@pytest.mark.parametrize("given", [False, True], ids=["one cell", "given state"])
+def test_engines_agree_with_the_reference(grid, update_rate, given):
+    """Output, state and all gradients, of every engine, against automaton/reference.py."""
+    n, cells = 2, grid[0] * grid[1]
+    model = small_geca()
+    model.update_rate = update_rate
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n, model.in_channels, *grid, generator=g), torch.rand(n, model.num_classes, generator=g)
+    t = torch.tensor([3, 800])
+    start = torch.randn(n, model.out_channels + model.hidden, *grid, generator=g) if given else None
+
+    def results(call):
+        model.zero_grad()
+        out, state = call()
+        (out.square().sum() + state.sin().sum()).backward()
+        return [out.detach(), state.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    def by_the_reference():
+        draws = generators(n)
+        seed = None if given else model.draw_seed(n, draws)
+        return reference.forward(model, x, t, y, model.draw_fire(n, cells, draws), start, seed)
+
+    expected = results(by_the_reference)
+    for engine in ("dense", "asynchronous"):
+        for model.checkpoint_steps in (False, True):
+            model.engine = engine
+            for a, b in zip(results(lambda: model(x, t, y, start, generators(n))), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

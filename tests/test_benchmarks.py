@@ -1,23 +1,14 @@
-"""The yardstick computes what GeCA computes, and the benchmark says what it measured. Nothing here is timed."""
+"""The benchmark compares results before it times them, and says what it measured. Nothing here is timed."""
 
 import json
+import sys
 
+import pytest
 import torch
-from conftest import call_script, fill, generators, largest_relative, succeeded
+from conftest import call_script, largest_relative
 
-from benchmarks import bench, plain
-from models import MODELS
-
-
-def test_the_plain_implementation_computes_the_same():
-    model = fill(MODELS["GeCA-XS"]())
-    g = generators(1)[0]
-    x, state = torch.randn(2, 4, 5, 7, generator=g), torch.randn(2, 40, 5, 7, generator=g)
-    t, y = torch.tensor([3, 800]), torch.ones(2, 11)
-    with torch.no_grad():
-        fast = model(x, t, y, state, generators(2))
-        slow = plain.forward(model, x, t, y, state, model.draw_fire(2, 35, generators(2)))
-    assert all(largest_relative(a, b) < 1e-5 for a, b in zip(slow, fast, strict=True))
+from automaton import reference
+from benchmarks import bench
 
 
 def test_all_variants_do_the_same_work():
@@ -51,14 +42,25 @@ def test_operations_are_those_of_the_matrix_products():
     assert counts["plain"] > counts["dense"]
 
 
-def test_the_report(tmp_path):
-    out = succeeded(call_script("benchmarks/bench.py", "--models", "GeCA-XS", "DiT-S", "--cells", 4, "--rounds", 1,
-                                "--no-memory", "--train-batch", 2, "--json", tmp_path / "b.json"))
+def test_results_that_differ_are_not_timed(monkeypatch):
+    case = bench.Case("GeCA-XS", 4, 1, "cpu")
+    bench.check_agreement(case, ["plain", "dense", "asynchronous"])
+    monkeypatch.setattr(reference, "forward", lambda model, x, *rest: (torch.cat([x, x], 1), None))
+    with pytest.raises(RuntimeError, match="dense differs from plain"):
+        bench.check_agreement(case, ["plain", "dense"])
+
+
+def test_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "product_speed", lambda device, precision: 1e11)  # measuring it takes seconds
+    monkeypatch.setattr(bench, "copy_speed", lambda device: 1e10)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--models", "GeCA-XS", "DiT-S", "--cells", "4", "--rounds", "1",
+                                      "--no-memory", "--train-batch", "2", "--json", str(tmp_path / "b.json")])
+    bench.main()
     rows = json.loads((tmp_path / "b.json").read_text())["results"]["fp32"]["rows"]
     assert [(r["model"], r["task"], r["variant"]) for r in rows] == [
         (model, task, variant) for model in ("GeCA-XS", "DiT-S") for task in bench.TASKS
         for variant in bench.variants(model, task)]
-    assert all(r["seconds"] > 0 and r["flops"] > 0 for r in rows) and out.count("floor") == 2
+    assert all(r["seconds"] > 0 and r["flops"] > 0 for r in rows) and capsys.readouterr().out.count("floor") == 2
 
 
 def test_memory_is_that_of_the_task():
