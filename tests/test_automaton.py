@@ -341,4 +341,4 @@ def test_engines_agree_with_the_reference(grid, update_rate, given):
         for model.checkpoint_steps in (False, True):
             model.engine = engine
             for a, b in zip(results(lambda: model(x, t, y, start, generators(n))), expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-7
