@@ -1,8 +1,8 @@
 """Every setting of the paper's tables and of our own runs, one row each, with its source: `--preset NAME`.
 
 A preset fills in what a command line leaves out; `--dry-run` prints what comes of it. Each row has sections, for the
-scripts that read it: "extract", "train", "sample" (both samplers), "expand" (sample_ddp.py), "classify". Nothing else
-holds a copy of these numbers.
+scripts that read it: "extract", "train", "sample" (both samplers), "expand" (sample_ddp.py), "classify", "table"
+(scripts/table1.sh and table2.sh). Nothing else holds a copy of these numbers.
 """
 
 from dataclasses import dataclass, field
@@ -42,6 +42,13 @@ PRESETS = {
          "classify": {**PAPER_CLASSIFIER, **OPTIMISERS["sgd"]}})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
+PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER}; {FDDM}", {"table": {
+    **PAPER_SPACE, "models": list(PAPER_MODELS[::-1]), "epochs": PAPER_TRAINING["epochs"],
+    "batch": PAPER_TRAINING["global_batch_size"], "validate_every": PAPER_VALIDATION_EPOCHS,
+    "steps": PAPER_SAMPLING["num_sampling_steps"], "sampler": PAPER_SAMPLING["sampler"], "expand": PAPER_EXPANSION,
+    "backbone": PAPER_CLASSIFIER["backbone"], "classify_size": PAPER_CLASSIFIER["image_size"],
+    "classify_epochs": PAPER_CLASSIFIER["epochs"]}})
+
 # Ours: what a CPU or a small GPU can train. Learning rates from one grid for all models (docs/LEARNING.md).
 MEASURED = "measured: docs/LEARNING.md"
 SMALL_SPACE = {"image_size": 64, "vae": "retina"}  # 8 × 8 cells
@@ -55,6 +62,11 @@ PRESETS |= {
         f"{model} at 64 px with the bundled autoencoder", MEASURED,
         {"extract": SMALL_SPACE, "train": {"model": model, "lr": lr, **SMALL_TRAINING}, "sample": SMALL_SAMPLING})
     for model, lr in SMALL_RATES.items()}
+PRESETS["small"] = Preset("Tables 1 and 2 at 64 px with the bundled autoencoder", MEASURED, {"table": {
+    **SMALL_SPACE, "models": list(SMALL_RATES), "model_preset": "small", "epochs": SMALL_TRAINING["epochs"],
+    "batch": SMALL_TRAINING["global_batch_size"], "validate_every": SMALL_TRAINING["epochs"],
+    "steps": SMALL_SAMPLING["num_sampling_steps"], "sampler": SMALL_SAMPLING["sampler"], "features": ["retina"],
+    "lpips": "none"}})
 
 
 @dataclass(frozen=True)

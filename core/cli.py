@@ -45,15 +45,15 @@ class Parser(argparse.ArgumentParser):
 
     `released`: dest -> value that it has under `--as-released` (docs/FIDELITY.md).
     `presets`: name -> object with `settings` (dest -> value), `source` and `description` (texts); adds `--preset NAME`
-    and `--dry-run`, which shows what every flag comes to and where that comes from, and ends with exit code 0. A preset
+    and, unless the script has its `own_dry_run`, `--dry-run`, which shows what every flag comes to and why. A preset
     may have settings for other scripts: they are passed over. Neither flag is among the parsed ones.
     What is given on the command line comes before the preset, that before `--as-released`, that before the default;
     flags that are required must be given.
     """
 
-    def __init__(self, description, released=None, presets=None, **options):
+    def __init__(self, description, released=None, presets=None, own_dry_run=False, **options):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
-        self.released, self.presets = released, presets
+        self.released, self.presets, self.own_dry_run = released, presets, own_dry_run
         self.add_argument("--assets", action=_Assets, default=argparse.SUPPRESS, metavar="DIR",
                           help="folder of fetch_assets.py: look for third-party weights only there, use no network")
         if released:
@@ -63,8 +63,9 @@ class Parser(argparse.ArgumentParser):
         if presets:
             self.add_argument("--preset", choices=presets, default=argparse.SUPPRESS, metavar="NAME",
                               help="take the settings of one of the presets below, where a flag is not given")
-            self.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS,
-                              help="show what every flag comes to, and do nothing")
+            if not own_dry_run:
+                self.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS,
+                                  help="show what every flag comes to, and do nothing")
             rows = [("", name, f"{preset.description} ({preset.source})") for name, preset in presets.items()]
             self.epilog = "\n".join(filter(None, [self.epilog, "presets:", aligned(rows, left=3)]))
 
@@ -92,9 +93,10 @@ class Parser(argparse.ArgumentParser):
             layers[f"preset {given['preset']}"] = {dest: settings[dest] for dest in settings if dest in known}
         taken = {dest: value for layer in layers.values() for dest, value in layer.items()}
         parsed, rest = super().parse_known_args(args, argparse.Namespace(**taken))  # what is given replaces them
-        for dest in ("preset", "dry_run") if self.presets else ():
+        dry_run = self.presets and not self.own_dry_run
+        for dest in ("preset", *["dry_run"] * bool(dry_run)):
             vars(parsed).pop(dest, None)
-        if self.presets and "dry_run" in given and not rest:
+        if dry_run and "dry_run" in given and not rest:
             sources = {dest: source for source, layer in layers.items() for dest in layer}
             print(self._shown(parsed, sources | dict.fromkeys(given, "given")))
             self.exit()

@@ -33,6 +33,7 @@ from core.files import file_hash, make_folder, write_text
 from dataset.root import read_split
 from diffusion.samplers import SAMPLERS
 from models import MODELS
+from presets import presets_of
 from scripts.throughput import Throughput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,18 +85,19 @@ class Plan:
     def train(self):
         a = self.args
         return [Step("train", f"train-{plain(model)}-{k}", self.command(
-            a.launch, "train.py", "--model", model, "--data-path", a.data, "--feature-path", self.out / "features",
-            "--fold", k, *self.space(), "--epochs", a.epochs, "--global-batch-size", a.batch, "--validate-every",
-            a.validate_every, "--results-dir", self.runs(model, k)) + more(a.extra_train),
+            a.launch, "train.py", *self.preset(model), "--model", model, "--data-path", a.data, "--feature-path",
+            self.out / "features", "--fold", k, *self.space(), "--epochs", a.epochs, "--global-batch-size", a.batch,
+            "--validate-every", a.validate_every, "--results-dir", self.runs(model, k)) + more(a.extra_train),
             ("train", model, a.epochs * self.counts["train", k])) for k in self.folds for model in a.models]
 
     def sample(self):
         a, table1 = self.args, self.args.table == 1
         script, name, ratio = ("sample_ddp_val.py", "val", 1) if table1 else ("sample_ddp.py", "train", a.expand)
         return [Step("sample", f"sample-{name}-{plain(model)}-{k}", self.command(
-            a.sample_launch, script, "--ckpt", self.runs(model, k) / f"000-{plain(model)}-{k}/checkpoints/best_ckpt.pt",
-            "--data-path", a.data, "--fold", k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler",
-            a.sampler, "--sample-dir", self.out / "synthetic" / plain(model)) + more(a.extra_sample),
+            a.sample_launch, script, *self.preset(model), "--ckpt",
+            self.runs(model, k) / f"000-{plain(model)}-{k}/checkpoints/best_ckpt.pt", "--data-path", a.data, "--fold",
+            k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler", a.sampler, "--sample-dir",
+            self.out / "synthetic" / plain(model)) + more(a.extra_sample),
             ("guided", model, ratio * a.steps * self.counts[name, k])) for k in self.folds for model in a.models]
 
     def evaluate(self):
@@ -137,6 +139,9 @@ class Plan:
     def command(self, launch, *words):
         """A line of shell; paths are as seen from the repository."""
         return f"{launch} " + " ".join(shlex.quote(str(word)) for word in words)
+
+    def preset(self, model):
+        return ["--preset", f"{self.args.model_preset}-{plain(model).lower()}"] if self.args.model_preset else []
 
     def space(self):
         return "--image-size", self.args.image_size, "--vae", self.args.vae
@@ -251,12 +256,12 @@ class PlanParser(Parser):
 
 
 def parser():
-    p = PlanParser(__doc__)
+    p = PlanParser(__doc__, presets=presets_of("table"), own_dry_run=True)
     p.add_argument("table", type=int, choices=(1, 2), help="which table (table1.sh, table2.sh say it)")
     p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
     p.add_argument("--output", type=Path, metavar="DIR", help="for everything (default: runs/tables-ROOT)")
     p.add_argument("--folds", type=fold_list, metavar='"0 1 ..."', help="which folds (default: all that there are)")
-    p.add_argument("--models", type=model_list, default="GeCA-S DiT-S LDM-B", metavar='"NAME ..."',
+    p.add_argument("--models", type=model_list, metavar='"NAME ..."',
                    help="which generators")
     p.add_argument("--only", nargs="+", choices=sorted({*KINDS[1], *KINDS[2]}), metavar="STEP",
                    help=f"steps of these kinds alone: {' '.join(dict.fromkeys([*KINDS[1], *KINDS[2]]))}")
@@ -265,26 +270,29 @@ def parser():
     p.add_argument("--throughput", type=Path, metavar="FILE", help="measured with benchmarks/bench.py --json FILE, on "
                    "one device and the grid of this plan")
     g = p.add_argument_group("generators")
-    g.add_argument("--image-size", type=integer(8, 2048), default=256, help="pixels")
-    g.add_argument("--vae", default="ema", help="ema, mse, retina or a folder")
-    g.add_argument("--epochs", type=integer(1), default=14000, help="of train.py")
-    g.add_argument("--batch", type=integer(1), default=128, help="images per training step over all processes")
-    g.add_argument("--validate-every", type=integer(1), default=700, metavar="EPOCHS", help="of train.py")
-    g.add_argument("--steps", type=integer(1, 1000), default=250, help="sampling steps")
-    g.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral, DDIM or DPM-Solver++(2M)")
+    g.add_argument("--model-preset", metavar="NAME", help="train and sample model M with --preset NAME-m; what is "
+                   "given here comes first")
+    g.add_argument("--image-size", type=integer(8, 2048), help="pixels")
+    g.add_argument("--vae", help="ema, mse, retina or a folder")
+    g.add_argument("--epochs", type=integer(1), help="of train.py")
+    g.add_argument("--batch", type=integer(1), help="images per training step over all processes")
+    g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="of train.py")
+    g.add_argument("--steps", type=integer(1, 1000), help="sampling steps")
+    g.add_argument("--sampler", choices=SAMPLERS, help="ancestral, DDIM or DPM-Solver++(2M)")
     g = p.add_argument_group("scores")
     g.add_argument("--features", nargs="+", metavar="NAME", help="feature spaces of KID (default: inception, and dino "
                    "for GG)")
     g.add_argument("--lpips", default="alex", metavar="NET", help="alex, alex=FILE or none")
-    g.add_argument("--expand", type=integer(1), default=5, help="synthetic images per training image, for Table 2")
-    g.add_argument("--backbone", default="resnet50.tv_in1k", help="of the classifier, any timm model")
-    g.add_argument("--classify-size", type=integer(8, 2048), default=448, help="pixels of the classifier")
-    g.add_argument("--classify-epochs", type=integer(1), default=80, help="of the classifier, at most")
+    g.add_argument("--expand", type=integer(1), help="synthetic images per training image, for Table 2")
+    g.add_argument("--backbone", help="of the classifier, any timm model")
+    g.add_argument("--classify-size", type=integer(8, 2048), help="pixels of the classifier")
+    g.add_argument("--classify-epochs", type=integer(1), help="of the classifier, at most")
     g = p.add_argument_group("machine")
     g.add_argument("--launch", default="python", help="starts train.py and classify.py: accelerate launch ...")
     g.add_argument("--sample-launch", default="python", help="starts extraction and sampling: torchrun ...")
     for name in EXTRA:
         g.add_argument(f"--extra-{name}", default="", metavar='"FLAGS"', help=f"further flags of every {name} command")
+    p.set_defaults(**presets_of("table")["paper"].settings)
     return p
 
 

@@ -10,11 +10,14 @@ import extract_features
 import sample_ddp
 import train
 from presets import PAPER_CLASSIFIER, PAPER_SAMPLING, PAPER_SPACE, PAPER_TRAINING, PRESETS, presets_of
+from scripts import plan
 
 PARSERS = {"extract": extract_features.parser(), "train": train.parser(), "sample": sample_ddp.parser("", ""),
-           "expand": sample_ddp.parser("", "", "expand"), "classify": classify.parser()}
+           "expand": sample_ddp.parser("", "", "expand"), "classify": classify.parser(),
+           "table": plan.parser()}
 REQUIRED = {"extract": "--data-path a --features-path b", "train": "--data-path a --feature-path b",
-            "sample": "--data-path a --ckpt b", "expand": "--data-path a --ckpt b", "classify": "--data-path a"}
+            "sample": "--data-path a --ckpt b", "expand": "--data-path a --ckpt b", "classify": "--data-path a",
+            "table": "1 --data a"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -24,8 +27,11 @@ def test_every_setting_is_a_flag_and_has_a_value_that_it_takes(name):
     for section, settings in preset.settings.items():
         parser = PARSERS[section]
         assert settings.keys() <= parser.defaults().keys()
-        flags = [word for dest, value in settings.items()
-                 for word in (f"--{dest.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))]
+        single = {action.dest for action in parser._actions if action.nargs is None}
+        flags = []
+        for dest, value in settings.items():
+            words = list(map(str, value)) if isinstance(value, list) else [str(value)]
+            flags += [f"--{dest.replace('_', '-')}", *([" ".join(words)] if dest in single else words)]
         given = parser.parse_args([*shlex.split(REQUIRED[section]), *flags])
         assert all(getattr(given, dest) == value for dest, value in settings.items())
 
@@ -53,3 +59,8 @@ def test_dry_run_says_where_each_setting_comes_from_and_does_nothing(tmp_path):
     assert "0.5" in rows["--lr"] and "(given)" in rows["--lr"]
     assert "64" in rows["--image-size"] and "(preset small-geca-xs)" in rows["--image-size"]
     assert "(default)" in rows["--fold"] and not any(tmp_path.iterdir())
+
+
+def test_a_table_of_small_runs_trains_every_model_by_its_own_preset(tmp_path, capsys):
+    args = plan.parser().parse_args(["1", "--data", str(tmp_path), "--preset", "small"])
+    assert args.model_preset == "small" and {f"small-{model.lower()}" for model in args.models} <= PRESETS.keys()
