@@ -44,10 +44,12 @@ def open_generated(folder, fold, label_names):
 
 def about_samples(folder):
     """What the sampler wrote of itself; {} for a folder of other origin. Raises UserError."""
-    about = (read_settings(folder, "remove it or sample again") or {}).get("about", {})
+    settings = read_settings(folder, "remove it or sample again") or {}
+    about = settings.get("about", {})
     if not isinstance(about, dict):
         raise UserError(f"{folder / 'settings.json'}: damaged (about is {about!r:.40}); remove it or sample again")
-    return about
+    older = {"weights": settings["weights"]} if about and "weights" in settings else {}  # it stood only there once
+    return older | about
 
 
 def check_size(paths, size):

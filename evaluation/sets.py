@@ -75,8 +75,11 @@ def _distinct(sets):
         about = images.about
         return f"{about['model']}, seed {about['seed']}" if {"model", "seed"} <= about.keys() else images.name
 
-    for name_of in (lambda images: images.about.get("model", images.name), with_seed, lambda images: images.name,
-                    lambda images: str(images.folder)):
+    def with_weights(images):
+        return f"{with_seed(images)}, {images.about['weights']}" if "weights" in images.about else images.name
+
+    for name_of in (lambda images: images.about.get("model", images.name), with_seed, with_weights,
+                    lambda images: images.name, lambda images: str(images.folder)):
         names = [name_of(images) for images in sets]
         if len({*names}) == len(names):
             return [replace(images, name=name) for images, name in zip(sets, names, strict=True)]

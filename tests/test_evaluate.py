@@ -198,6 +198,20 @@ def test_folders_that_differ_in_their_seed_are_averaged(copy, in_process):
     assert [row["name"] for row in found["rows"]][1:] == ["GeCA-XS, seed 0", "GeCA-XS, seed 1", "bad"]
 
 
+def test_averaged_and_raw_weights_of_one_run_are_no_seeds(copy, in_process):
+    """They are two methods: nothing is averaged, and their names tell them apart."""
+    for weights, about in (("ema", {"model": "GeCA-XS", "seed": 0}),
+                           ("model", {"model": "GeCA-XS", "seed": 0, "weights": "model"})):
+        folder = copy / weights / "GeCA-XS-GS-seed-0"
+        save_generated(folder, draw(16, 11 + len(weights)))
+        (folder / "settings.json").write_text(json.dumps({"weights": weights, "about": about}))
+    gen = ("ema/GeCA-XS-GS-seed-0", "model/GeCA-XS-GS-seed-0")
+    assert in_process(*flags(copy, gen=gen))[0] == 0
+    results = report(copy / gen[0])
+    assert results["over_seeds"] == []
+    assert [row["name"] for row in results["rows"]][1:] == ["GeCA-XS, seed 0, ema", "GeCA-XS, seed 0, model"]
+
+
 def test_a_classifier_is_asked_whether_labels_show(copy, in_process):
     network = classifier.build("test_resnet.r160_in1k", 2, SIZE)
     classifier.save(copy / "classifier.pt", network, "test_resnet.r160_in1k", LABELS)
