@@ -63,6 +63,7 @@ class GeCA(LocalRule):
     """
 
     any_grid = True  # one rule for every cell: the same weights work on any H × W
+    edges = ("cell_to_embedding", "final_layer.linear")  # first and last layer
 
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, mlp_width, hidden, steps=12):
         super().__init__(in_channels, 2 * in_channels + hidden, width, mlp_width)
@@ -203,6 +204,8 @@ class DiT(Memoryless):
     denoiser is called alike.
     """
 
+    edges = ("x_embedder", "final_layer.linear")  # first and last layer
+
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, depth, heads, patch):
         super().__init__()
         if input_size % patch:
@@ -269,6 +272,8 @@ class LDM(Memoryless):
     The label embedding is added to the time embedding. What of it is a choice, and why, is in docs/FIDELITY.md: the
     paper gives 17.3 M parameters and no more.
     """
+
+    edges = ("unet.conv_in", "unet.conv_out")  # first and last layer
 
     def __init__(self, input_size=32, num_classes=11, in_channels=4, *, widths, layers, attention):
         super().__init__()

@@ -22,8 +22,9 @@ FDDM = "classifier of the same group on the same data (FDDM, MICCAI 2023): the p
 
 # The numbers of the paper, which are also the defaults of the scripts.
 PAPER_SPACE = {"image_size": 256, "vae": "ema"}
-PAPER_TRAINING = {"epochs": 14000, "global_batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "warmup": 0,
-                  "adam_betas": [0.9, 0.999], "clip_norm": 0, "min_snr": 0, "train_heredity": 0, "ema_decay": 0.9999}
+PAPER_TRAINING = {"epochs": 14000, "global_batch_size": 128, "optimizer": "adamw", "lr": 1e-4,
+                  "lr_schedule": "constant", "warmup": 0, "adam_betas": [0.9, 0.999], "clip_norm": 0, "min_snr": 0,
+                  "train_heredity": 0, "ema_decay": 0.9999}
 PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5}
 PAPER_EXPANSION = 5  # synthetic images per training image, for Table 2
 PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "augment": "geometric", "optimizer": "sgd",

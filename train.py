@@ -33,6 +33,7 @@ from diffusion.samplers import SAMPLERS
 from evaluation.features import open_features
 from generation import checkpoint as checkpoints
 from generation.guidance import default_heredity
+from generation.optimiser import OPTIMISERS
 from generation.sampling import SamplingOptions
 from generation.training import SCHEDULES, Training, TrainingOptions, model_args, weights_to_start_from
 from generation.validation import Validation, ValidationOptions
@@ -197,8 +198,8 @@ def read_splits(args):
     validation = read_split(args.data_path, f"val_{args.fold}", args.num_classes)
     training = read_split(args.data_path, f"train_{args.fold}", args.num_classes)
     if training.label_names != validation.label_names:
-        raise UserError(f"{validation.path}: labels {' '.join(validation.label_names)}, expected those of "
-                        f"{training.path.name}: {' '.join(training.label_names)}")
+        raise UserError(f"{validation.csv}: labels {' '.join(validation.label_names)}, expected those of "
+                        f"{training.csv.name}: {' '.join(training.label_names)}")
     return training, validation
 
 
@@ -302,7 +303,8 @@ def parser():
     g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes of "
                    "training, those before a resumption included; 0 is never")
     g.add_argument("--global-batch-size", type=integer(1), help="images per step over all processes")
-    g.add_argument("--lr", type=number(0), help="largest learning rate of AdamW")
+    g.add_argument("--optimizer", choices=OPTIMISERS, help="AdamW, or Muon for the weight matrices inside")
+    g.add_argument("--lr", type=number(0), help="largest learning rate")
     g.add_argument("--lr-schedule", choices=SCHEDULES, help="constant, or falling to 0 at the end "
                    "of --epochs or --max-minutes")
     g.add_argument("--warmup", type=integer(0), metavar="STEPS", help="steps over which it grows from 0")

@@ -48,8 +48,8 @@ def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, a
     real = splits["train"]
     for split in splits.values():
         if split.label_names != real.label_names:
-            raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, expected those of "
-                            f"{real.path.name}: {' '.join(real.label_names)}")
+            raise UserError(f"{split.csv}: labels {' '.join(split.label_names)}, expected those of "
+                            f"{real.csv.name}: {' '.join(real.label_names)}")
     label_names = chosen_labels(labels, real)
     samples = [open_synthetic(folder, number) for folder in synthetic]
     sample_labels = [columns(s.split, label_names, real, labels) for s in samples]
@@ -64,7 +64,7 @@ def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, a
         training = joined(training, s.split, y, choose(len(s.split), limit, len(real), seed, i))
     validation, test = with_labels(splits["val"], label_names), with_labels(splits["test"], label_names)
     if not (validation.labels.any(0) & ~validation.labels.all(0)).any():
-        raise UserError(f"{splits['val'].path}: no label has images with and without it, expected one at least to "
+        raise UserError(f"{splits['val'].csv}: no label has images with and without it, expected one at least to "
                         "choose the network by; prepare more patients or fewer folds")
     return Fold(number, label_names, training, validation, test, real=len(real), synthetic=samples,
                 hashes={name: fingerprint(split) for name, split in splits.items()},
@@ -83,13 +83,13 @@ def all_leaks(splits, samples, root, number):
 
 def taken(synthetic, splits):
     """Validation or test images, or images of their patients, among the synthetic ones: one line for each split."""
-    lines, own = [], {path.resolve() for path in synthetic.split.image_paths}
+    lines, own = [], {path.resolve() for path in synthetic.split.paths}
     for name in ("val", "test"):
-        images = own & {path.resolve() for path in splits[name].image_paths}
+        images = own & {path.resolve() for path in splits[name].paths}
         patients = {*synthetic.split.patients} & {*splits[name].patients}
         if images or patients:
             what = f"image {min(images)}" if images else f"patient {min(patients)}"
-            lines.append(f"{synthetic.split.path}: lists {what}, which is of {splits[name].path.name}")
+            lines.append(f"{synthetic.split.csv}: lists {what}, which is of {splits[name].csv.name}")
     return lines
 
 
@@ -97,7 +97,7 @@ def chosen_labels(asked, real):
     """The labels to learn, in the order of the CSV. Raises UserError."""
     unknown = [name for name in asked or () if name not in real.label_names]
     if unknown:
-        raise UserError(f"--labels {unknown[0]}: {real.path} has {' '.join(real.label_names)}")
+        raise UserError(f"--labels {unknown[0]}: {real.csv} has {' '.join(real.label_names)}")
     return tuple(name for name in real.label_names if not asked or name in asked)
 
 
@@ -121,7 +121,7 @@ def shared(splits):
         for kind, key in (("patient", "patients"), ("image", "filenames")):
             both = {*getattr(splits[a], key)} & {*getattr(splits[b], key)}
             if both:
-                lines.append(f"{splits[a].path} and {splits[b].path.name}: {len(both)} {kind}(s) in both, the first is "
+                lines.append(f"{splits[a].csv} and {splits[b].csv.name}: {len(both)} {kind}(s) in both, the first is "
                              f"{min(both)}")
                 break
     return lines

@@ -85,7 +85,7 @@ def leaks(synthetic, root, fold):
     A reason says why they do, a remark what cannot be known. Labels may be those of train_{fold}.csv row by row or
     made by hand, but not those of another CSV of the root. The generator must have been trained on train_{fold}.csv.
     """
-    csv = synthetic.split.path
+    csv = synthetic.split.csv
     reasons, remarks = [], []
     source = _labels_from(synthetic.split, root, fold)
     if source not in (None, f"train_{fold}"):
@@ -130,7 +130,7 @@ def columns(split, label_names, real, chosen):
     """
     missing = [name for name in label_names if name not in split.label_names]
     if missing or (not chosen and set(split.label_names) != set(label_names)):
-        raise UserError(f"{split.path}: labels {' '.join(split.label_names)}, but {real.path} has "
+        raise UserError(f"{split.csv}: labels {' '.join(split.label_names)}, but {real.csv} has "
                         f"{' '.join(real.label_names)}; sample with a model trained on these labels, or choose common "
                         "ones with --labels")
     return split.labels[:, [split.label_names.index(name) for name in label_names]]

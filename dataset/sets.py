@@ -32,16 +32,6 @@ class LabelledImages:
     def __len__(self):
         return len(self.paths)
 
-    @property
-    def path(self):
-        """`csv`, by the name that other rooms know."""
-        return self.csv
-
-    @property
-    def image_paths(self):
-        """`paths` as a list, by the name that other rooms know."""
-        return list(self.paths)
-
     def take(self, indices, name=None):
         """The images of these indices, in their order, as a set."""
         def chosen(column):

@@ -246,7 +246,7 @@ def main():
     device = runtime.start().device
     kinds = []
     for root in args.data_path:  # fold 0 has every image that is not in test.csv
-        known = [path for split in ("train_0", "val_0") for path in read_split(root, split).image_paths]
+        known = [path for split in ("train_0", "val_0") for path in read_split(root, split).paths]
         order = torch.randperm(len(known), generator=generator(0, "feature scale"))
         kinds.append([known[i] for i in order[:args.images].tolist()])
     fit(args.fit, kinds, args.sizes, device)

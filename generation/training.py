@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.random import generator, on_device
 from diffusion import create_diffusion, multiscale
 from generation.guidance import next_state
+from generation.optimiser import make_optimiser
 from models import LABEL_TABLE, MODELS
 
 LABEL_DROP = 0.1  # each label *entry* is dropped by itself, as published (geca.py:94-99)
@@ -27,7 +28,8 @@ class TrainingOptions:
 
     batch: int  # images per step over all processes
     epochs: int
-    lr: float  # of AdamW, without weight decay
+    optimizer: str  # one of OPTIMISERS, without weight decay
+    lr: float
     lr_schedule: str  # one of SCHEDULES
     warmup: int  # steps over which the learning rate grows from 0
     adam_betas: tuple  # decay of AdamW's two moments
@@ -117,7 +119,7 @@ class Training:
             net.load_state_dict({**net.state_dict(), **load_from})
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
         self.averages = {decay: copy.deepcopy(self.ema) for decay in options.more_ema_decays}
-        optimiser = torch.optim.AdamW(net.parameters(), lr=options.lr, betas=tuple(options.adam_betas), weight_decay=0)
+        optimiser = make_optimiser(net, options.optimizer, options.lr, tuple(options.adam_betas))
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
         self.step, self.best_kid, self.minutes, self.time_share = 0, math.inf, 0.0, 0.0
         self.validated = []  # features (n, D) of the images of each validation, for --validation-kid accumulated

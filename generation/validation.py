@@ -34,10 +34,10 @@ class Validation:
 
     def __init__(self, split, features, codec, image_size, cells, options, accelerator, workers=4):
         if len(split) < 2:
-            raise UserError(f"{split.path}: holds one image, KID needs two; prepare more patients or fewer folds")
+            raise UserError(f"{split.csv}: holds one image, KID needs two; prepare more patients or fewer folds")
         self.split, self.features, self.codec, self.cells = split, features, codec, cells
         self.options, self.accelerator = options, accelerator
-        self.real = load_images(split.image_paths, image_size, workers)
+        self.real = load_images(split.paths, image_size, workers)
         self.real_features = features(self.real)
         chosen = torch.randperm(len(split), generator=generator(options.sampling.seed, "validation"))
         self.chosen = chosen[: options.samples].tolist()

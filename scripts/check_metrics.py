@@ -60,8 +60,8 @@ def make_sets(real, other, fold, image_size, seed, output):
             raise UserError(f"--other {other}: has {len(other_test)} test images, expected at least {count}")
         sources["other"] = (other_test, unchanged)
     for name, (split, change) in sources.items():
-        chosen = torch.randperm(len(split), generator=generator(seed, "check", split.path.name))[:count].numpy()
-        images = [change(Image.fromarray(load_image(split.image_paths[i], image_size)),
+        chosen = torch.randperm(len(split), generator=generator(seed, "check", split.csv.name))[:count].numpy()
+        images = [change(Image.fromarray(load_image(split.paths[i], image_size)),
                          generator(seed, "check", name, k)) for k, i in enumerate(chosen)]
         known = split.label_names == validation.label_names
         labels = split.labels[chosen] if known else np.zeros((count, len(validation.label_names)))

@@ -53,26 +53,34 @@ class Arm:
     seeds: int = 1
 
 
-def rate(lr, schedule="linear"):
+def rate(lr, schedule="linear", optimizer="adamw"):
     """A learning rate with warm-up, decay to 0 and clipping."""
-    return ("--lr", lr, "--lr-schedule", schedule, "--warmup", "50", "--clip-norm", "1")
+    return ("--optimizer", optimizer, "--lr", lr, "--lr-schedule", schedule, "--warmup", "50", "--clip-norm", "1")
 
 
 MODELS = ("GeCA-XS", "DiT-S", "LDM-B")
-RATES = ("3e-4", "1e-3", "2e-3", "4e-3")
-BEST = {"GeCA-XS": "2e-3", "DiT-S": "1e-3", "LDM-B": "1e-3"}  # of the first part, by the held-out error
+RATES = {"adamw": ("3e-4", "1e-3", "2e-3", "4e-3"), "muon": ("1e-3", "2e-3", "4e-3", "8e-3")}
+ADAMW = {"GeCA-XS": "2e-3", "DiT-S": "1e-3", "LDM-B": "1e-3"}  # each model's best rate of part 1, by held-out error
+MUON = {"GeCA-XS": "4e-3", "DiT-S": "2e-3", "LDM-B": "2e-3"}
+
+
+def heredity(p, lr="2e-3"):
+    return Arm(f"GeCA-XS {lr} heredity {p}", "GeCA-XS", (*rate(lr), "--train-heredity", p))
+
+
 ARMS = [
-    # 1: learning rate and schedule, the same grid for every model
+    # 1: optimiser, learning rate and schedule, the same grid for every model
     *(Arm(f"{model} 3e-4 constant", model, ("--lr", "3e-4")) for model in MODELS),
-    *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in RATES for model in MODELS),
-    *(Arm(f"{model} {lr} cosine", model, rate(lr, "cosine")) for model, lr in BEST.items()),
+    *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in RATES["adamw"] for model in MODELS),
+    *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon")) for lr in RATES["muon"] for model in MODELS),
+    *(Arm(f"{model} {lr} cosine", model, rate(lr, "cosine")) for model, lr in ADAMW.items()),
     # 2: what else may help, at each model's best rate
-    *(Arm(f"{model} {lr} min-snr", model, (*rate(lr), "--min-snr", "5")) for model, lr in BEST.items()),
-    *(Arm(f"GeCA-XS 2e-3 heredity {p}", "GeCA-XS", (*rate("2e-3"), "--train-heredity", p)) for p in ("0.5", "0.9")),
+    *(Arm(f"{model} {lr} min-snr", model, (*rate(lr), "--min-snr", "5")) for model, lr in ADAMW.items()),
+    heredity("0.5"), heredity("0.9"),
     Arm("GeCA-XS 2e-3 betas 0.99", "GeCA-XS", (*rate("2e-3"), "--adam-betas", "0.9", "0.99")),
-    # 3: three times as long
-    *(Arm(f"{model} {lr} linear", model, rate(lr), steps=2160, seeds=2) for model, lr in BEST.items()),
-    Arm("GeCA-XS 2e-3 heredity 0.5", "GeCA-XS", (*rate("2e-3"), "--train-heredity", "0.5"), steps=2160, seeds=2),
+    # 3: longer, with the best of part 1; the comparison of docs/COMPARISON.md
+    *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon"), steps, seeds)
+      for steps, seeds in ((2160, 2), (5760, 1)) for model, lr in MUON.items()),
 ]
 WAYS = {"published": {}, "none": {"heredity": "none"}, "below 550": {"heredity": "below:550"},
         "published, shared fire": {"shared_fire": True}, "none, shared fire": {"heredity": "none", "shared_fire": True}}
@@ -117,7 +125,7 @@ class Study:
         self.codec = open_codec("retina")
         self.cells = cells_per_side(SIZE, self.codec)
         self.features = open_features("retina", self.device)
-        images = load_images(self.split.image_paths, SIZE)
+        images = load_images(self.split.paths, SIZE)
         self.real = self.features(images)
         self.labels = torch.as_tensor(self.split.labels)
         moments = self.codec.moments(torch.as_tensor(images))

@@ -48,7 +48,7 @@ class Study:
         split = read_split(args.data_path, f"val_{args.fold}")
         order = torch.randperm(len(split), generator=generator(args.global_seed, "study"))[:args.images]
         if args.images > len(split):
-            raise UserError(f"--images {args.images}: {split.path} has {len(split)} images; give fewer")
+            raise UserError(f"--images {args.images}: {split.csv} has {len(split)} images; give fewer")
         self.split, self.labels = split, torch.as_tensor(split.labels)[order]
         self.space, self.real = open_features("retina", self.device), None
         self.file = args.output / "points.jsonl"
@@ -63,7 +63,7 @@ class Study:
         cells = cells_per_side(trained["image_size"], codec)
         heredity = default_heredity(trained.get("train_heredity"))
         if self.real is None:
-            self.real = self.space(load_images(self.split.image_paths, trained["image_size"]))
+            self.real = self.space(load_images(self.split.paths, trained["image_size"]))
         cost = operations(Case(trained["model"], cells, 8, self.device), "guided", "asynchronous") / 8
         for sampler in self.args.samplers:
             for steps in self.args.steps:
@@ -95,7 +95,7 @@ class Study:
         """KID of as many training images against the validation images."""
         train = read_split(self.args.data_path, f"train_{self.args.fold}")
         order = torch.randperm(len(train), generator=generator(self.args.global_seed, "noise floor"))
-        paths = [train.image_paths[i] for i in order[:self.args.images].tolist()]
+        paths = [train.paths[i] for i in order[:self.args.images].tolist()]
         size = checkpoints.load(self.args.ckpt[0]).args["image_size"]
         features = self.space(load_images(paths, size))
         mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)

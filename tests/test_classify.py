@@ -59,7 +59,7 @@ def sample_folder(place, data, fold=0, rounds=2, label_names=None, labels=None, 
     (folder / "gen_samples").mkdir(parents=True)
     names = [f"gen_samples/{i:06d}.png" for i in range(rounds * len(split))]
     for i, file in enumerate(names):
-        Image.open(split.image_paths[i % len(split)]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / file)
+        Image.open(split.paths[i % len(split)]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / file)
     labels = np.tile(split.labels if labels is None else labels, (rounds, 1))
     write_split(folder, f"{name}_{fold}", names, labels, label_names or split.label_names, names)
     said = {"model": "GeCA-XS", "trained_on_fold": fold, "training_images": file_hash(data / f"train_{fold}.csv")}
@@ -101,7 +101,7 @@ def test_a_run_leaves_what_it_promises(data, baseline):
             saved = dict(file)
         assert saved["filenames"].tolist() == list(split.filenames) and np.array_equal(saved["labels"], split.labels)
         best = load_classifier(baseline / f"fold-{k}" / "checkpoints" / "best_ckpt.pt")
-        scores = best.scores(load_images(split.image_paths, 32))
+        scores = best.scores(load_images(split.paths, 32))
         np.testing.assert_allclose(saved["scores"], scores, rtol=1e-4, atol=1e-5)
         expected = all_scores(saved["scores"].astype(float), split.labels, split.label_names)
         image = fold["levels"]["image"]
@@ -195,7 +195,7 @@ def test_test_images_are_opened_once_and_last(data, tmp_path, monkeypatch):
     opened, load = [], batches.load_image
     monkeypatch.setattr(batches, "load_image", lambda path, size: (opened.append(path.name), load(path, size))[1])
     succeeded(run(data, tmp_path / "out", "--fold", 0, "--cache-gb", 0))
-    names = [p.name for p in read_split(data, "test").image_paths]
+    names = [p.name for p in read_split(data, "test").paths]
     assert sorted(opened[-len(names):]) == sorted(names) and not {*opened[:-len(names)]} & {*names}
 
 
@@ -290,7 +290,7 @@ def labels_of_the_test_set(place, data):
 def the_test_images(place, data):
     """Shuffled, and with labels of their own: only the files tell."""
     folder, test = sample_folder(place, data), read_split(data, "test")
-    names = [str(path.resolve()) for path in test.image_paths[::-1]]
+    names = [str(path.resolve()) for path in test.paths[::-1]]
     write_split(folder, "train_syn_0", names, 1 - test.labels, test.label_names, names)
 
 
@@ -458,7 +458,7 @@ def test_the_learning_rate_is_halved_when_validation_stalls(data, tmp_path):
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image(data):
-    paths = read_split(data, "train_0").image_paths
+    paths = read_split(data, "train_0").paths
     made = batches.Batches(batches.ImageStore(paths, 32, 1e9), 4, "geometric", 0, 0)
     indices, pixels = made.share(3)
     torch.manual_seed(5)
@@ -478,7 +478,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(data):
 
 
 def test_every_image_and_epoch_is_augmented_in_its_own_way(data):
-    one = read_split(data, "train_0").image_paths[:1]
+    one = read_split(data, "train_0").paths[:1]
     made = batches.Batches(batches.ImageStore(8 * one, 32, 1e9), 4, "geometric", 0, 0)
     assert len({image.numpy().tobytes() for step in range(4) for image in made.share(step)[1]}) == 16
 
@@ -499,7 +499,7 @@ def test_augmentation_changes_what_it_says():
 def test_images_are_kept_up_to_the_limit(data, monkeypatch):
     opened, load = [], batches.load_image
     monkeypatch.setattr(batches, "load_image", lambda path, size: (opened.append(path), load(path, size))[1])
-    store = batches.ImageStore(read_split(data, "train_0").image_paths[:4], 16, 2 * 3 * 16 * 16 + 5)
+    store = batches.ImageStore(read_split(data, "train_0").paths[:4], 16, 2 * 3 * 16 * 16 + 5)
     for _ in range(2):
         store.stack([0, 1, 2, 3])
     assert len(store.kept) == 2 and len(opened) == 4 + 2

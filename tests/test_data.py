@@ -127,7 +127,6 @@ def test_split_round_trip(root):
     assert np.array_equal(split.labels, labels)
     assert split.labels.dtype == np.float32
     assert (split.csv, split.folder, split.name, split.eyes) == (root / "train_0.csv", root, "train_0", None)
-    assert (split.path, split.image_paths) == (split.csv, list(split.paths))
     text = (root / "train_0.csv").read_text()
     assert text.startswith(",filename,DME,0,patient_name\n0,images/0.png,1,0,b\n1,")
 

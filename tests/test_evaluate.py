@@ -58,7 +58,7 @@ def world(tmp_path_factory):
     save_generated(folder / "good", draw(16, 1))
     save_generated(folder / "bad", draw(24, 2, contrast=30))
     save_tiny_vae(folder / "vae")
-    feature_spaces.fit(str(folder / "vae"), [read_split(folder / "root", "train_0").image_paths], (SIZE,))
+    feature_spaces.fit(str(folder / "vae"), [read_split(folder / "root", "train_0").paths], (SIZE,))
     return folder
 
 
@@ -110,7 +110,7 @@ def test_end_to_end(world, tmp_path):
     assert [(r["name"], r["kind"], r["images"], r["kid"][space]["subset_size"]) for r in rows] == [
         ("real: test", "real", 20, 5), ("good", "generated", 16, 4), ("bad", "generated", 24, 6)]
     features = feature_spaces.open_features(str(world / "vae"))
-    train, real = (features(load_images(read_split(world / "root", name).image_paths, SIZE))
+    train, real = (features(load_images(read_split(world / "root", name).paths, SIZE))
                    for name in ("train_0", "val_0"))
     for row, images in ((rows[1], draw(16, 1)), (rows[2], draw(24, 2, contrast=30))):
         made, score = features(images), row["kid"][space]

@@ -90,7 +90,7 @@ def test_extraction_is_the_same_on_one_and_two_processes(store):
 
 def test_the_cache_holds_each_image_and_then_its_mirror_image(store, tiny_vae):
     cache, split = latents.load(store / "one", 0), read_split(store / "data", "train_0")
-    images = torch.tensor(load_images(split.image_paths[-2:], 32))
+    images = torch.tensor(load_images(split.paths[-2:], 32))
     for variant, pixels in enumerate((images, images.flip(2))):
         mean, std = VaeCodec(tiny_vae).moments(pixels)
         torch.testing.assert_close(cache.mean[-2:, variant], mean, rtol=1e-4, atol=1e-4)
@@ -477,7 +477,7 @@ def keep_header(table):
     (lambda image, table: keep_header(table), ("train_0.csv", "holds no image")),
 ], ids=["missing image", "half a PNG", "half a JPEG", "no CSV", "empty CSV"])
 def test_extraction_refuses_a_spoiled_root(spoiled, tiny_vae, tmp_path, spoil, words):
-    spoil(read_split(spoiled, "train_0").image_paths[-1], spoiled / "train_0.csv")
+    spoil(read_split(spoiled, "train_0").paths[-1], spoiled / "train_0.csv")
     refused(extract(spoiled, tmp_path / "out", tiny_vae), *words)
     assert not (tmp_path / "out").exists()
 

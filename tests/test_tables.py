@@ -348,8 +348,8 @@ def test_perfect_and_shuffled_images(tmp_path):
         check_synthetic.make_synthetic(data, fold, tmp_path, 0)
     truth = np.tile(read_split(data, "train_0").labels, (5, 1))
     perfect, shuffled = (open_synthetic(tmp_path / name, 0).split for name in ("perfect", "shuffled"))
-    assert np.array_equal(perfect.labels, truth) and [p.resolve() for p in perfect.image_paths] == [
-        p.resolve() for p in shuffled.image_paths]
+    assert np.array_equal(perfect.labels, truth) and [p.resolve() for p in perfect.paths] == [
+        p.resolve() for p in shuffled.paths]
     assert not np.array_equal(shuffled.labels, truth) and np.array_equal(shuffled.labels.sum(0), truth.sum(0))
     contents = {p.read_bytes() for k in (0, 1) for p in (tmp_path / "perfect" / f"fold-{k}" / "images").iterdir()}
     assert len(contents) == 5 * (5 + 2)  # no image twice, within or between folds

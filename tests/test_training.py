@@ -15,7 +15,7 @@ from core.errors import UserError
 from dataset.latents import LatentCache
 from dataset.sets import LabelledImages
 from generation import validation as validation_module
-from generation.checkpoint import Checkpoint
+from generation.checkpoint import Checkpoint, load, save
 from generation.guidance import GuidedDenoiser, default_heredity, next_state, parse_heredity
 from generation.training import Statistics, Training, ema_decay, learning_rate, min_snr_weight, update_ema
 from metrics.kid import kid, polynomial_mmd
@@ -52,12 +52,12 @@ def test_samplers_have_theirs():
 # ---- training
 
 
-def training(*flags, model="GeCA-XS", load_from=None):
+def training(*flags, model="GeCA-XS", load_from=None, side=2):
     """A run on six made-up latents, in batches of four."""
     args = train.parser().parse_args([*REQUIRED, "--global-batch-size", "4", "--epochs", "10", *flags])
     g = torch.Generator().manual_seed(0)
-    cache = LatentCache(Path("cache"), {}, torch.randn(6, 2, 4, 2, 2, generator=g), torch.full((6, 2, 4, 2, 2), 0.1),
-                        torch.ones(6, 3))
+    cache = LatentCache(Path("cache"), {}, torch.randn(6, 2, 4, side, side, generator=g),
+                        torch.full((6, 2, 4, side, side), 0.1), torch.ones(6, 3))
     return Training(model, cache, ["A", "B", "C"], train.training_options(args), Accelerator(cpu=True), load_from)
 
 
@@ -189,6 +189,51 @@ def test_gradients_are_clipped_and_their_norm_is_measured_before():
 
 def test_betas_reach_the_optimiser():
     assert training("--adam-betas", "0.8", "0.95").optimiser.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+@pytest.mark.parametrize("model, first, last", [("GeCA-XS", "cell_to_embedding", "final_layer.linear"),
+                                                ("DiT-S", "x_embedder", "final_layer.linear"),
+                                                ("LDM-B", "unet.conv_in", "unet.conv_out")])
+def test_muon_has_the_matrices_inside(model, first, last):
+    """Every trained parameter once: all matrices but the first layer, the last and the label table; the rest."""
+    run = training("--optimizer", "muon", model=model, side=4)
+    matrices, others = ({id(p) for p in group["params"]} for group in run.optimiser.param_groups)
+    assert not matrices & others and run.optimiser.param_groups[1]["use_fallback"]
+    trained = {key: p for key, p in run.net.named_parameters() if p.requires_grad}
+    assert matrices | others == {id(p) for p in trained.values()}
+    edges = {key for key, p in trained.items() if p.ndim > 1 and id(p) in others}
+    assert edges == {"y_embedder.embedding_table.0.weight"} | {
+        key for key in trained if key.startswith((first, last)) and key.endswith("weight")}
+
+
+def test_a_muon_update_is_semi_orthogonal_and_of_adamws_size():
+    """Singular values near lr · 0.2 · √max(rows, columns), whatever the gradient; elsewhere the first update of NAdamW.
+
+    That is lr · (β1 + 1) for every weight that had a gradient.
+    """
+    run = training("--optimizer", "muon", "--lr", "0.5")
+    before = copy.deepcopy(run.net.state_dict())
+    run.train_step()
+    after = run.net.state_dict()
+    key = "final_layer.linear.weight"  # zero at first: nothing before it had a gradient, nor had the hidden channels
+    assert (after[key] - before[key])[:4].abs().allclose(torch.tensor(0.5 * 1.9), atol=1e-2)
+    before = copy.deepcopy(after)
+    run.train_step()
+    key = "transformer.layers.0.1.fn.net.0.weight"  # (64, 384)
+    values = torch.linalg.svdvals(run.net.state_dict()[key] - before[key]) / (0.5 * 0.2 * 384**0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_restored_run_goes_on_as_it_would_have(optimizer, tmp_path):
+    flags = ("--optimizer", optimizer, "--lr", "0.01")
+    run, again = training(*flags), training(*flags)
+    run.train_step()
+    save(tmp_path / "last.pt", {**run.state(), "args": {}})
+    again.restore(load(tmp_path / "last.pt"))
+    for either in (run, again):
+        either.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(run.net.parameters(), again.net.parameters(), strict=True))
 
 
 def test_min_snr_weighs_each_noise_level():
