@@ -53,16 +53,20 @@ PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER
 # Ours: what a CPU or a small GPU can train. Learning rates from one grid for all models (docs/LEARNING.md).
 MEASURED = "measured: docs/LEARNING.md"
 SMALL_SPACE = {"image_size": 64, "vae": "retina"}  # 8 × 8 cells
-SMALL_RATES = {"GeCA-XS": 2e-3, "DiT-S": 1e-3, "LDM-B": 1e-3}
+SMALL_RATES = {"GeCA-XS": 4e-3, "DiT-S": 4e-3, "LDM-B": 2e-3}  # of Muon
+QUICKSTART_RATE = 1e-3
 SMALL_SAMPLING = {"sampler": "ddim", "num_sampling_steps": 25, "cfg_scale": 1.5}
-SMALL_TRAINING = {**SMALL_SPACE, **SMALL_SAMPLING, "epochs": 120, "global_batch_size": 32, "lr_schedule": "linear",
-                  "warmup": 50, "clip_norm": 1, "ema_decay": 0.999}
+SMALL_TRAINING = {**SMALL_SPACE, **SMALL_SAMPLING, "epochs": 120, "global_batch_size": 32, "optimizer": "muon",
+                  "lr_schedule": "linear", "warmup": 50, "clip_norm": 1, "ema_decay": 0.999}
 
 PRESETS |= {
     f"small-{model.lower()}": Preset(
         f"{model} at 64 px with the bundled autoencoder", MEASURED,
         {"extract": SMALL_SPACE, "train": {"model": model, "lr": lr, **SMALL_TRAINING}, "sample": SMALL_SAMPLING})
     for model, lr in SMALL_RATES.items()}
+PRESETS["quickstart"] = Preset(
+    "GeCA-XS for some minutes from the bundled weights: quickstart.sh", MEASURED,
+    {"train": {"model": "GeCA-XS", **SMALL_TRAINING, "lr": QUICKSTART_RATE}, "sample": SMALL_SAMPLING})
 PRESETS["small"] = Preset("Tables 1 and 2 at 64 px with the bundled autoencoder", MEASURED, {"table": {
     **SMALL_SPACE, "models": list(SMALL_RATES), "model_preset": "small", "epochs": SMALL_TRAINING["epochs"],
     "batch": SMALL_TRAINING["global_batch_size"], "validate_every": SMALL_TRAINING["epochs"],

@@ -45,15 +45,14 @@ step "2 latents: the bundled autoencoder encodes the training images of fold 0 a
 python extract_features.py --data-path "$DATA" --features-path "$OUTPUT/features" --fold 0 --image-size 64 --vae retina
 
 step "3 training: the bundled GeCA-XS (trained on phantoms) learns for $MINUTES more minutes"
-python train.py --model GeCA-XS --data-path "$DATA" --feature-path "$OUTPUT/features" --fold 0 --vae retina \
-    --image-size 64 --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --global-batch-size 32 --lr 1e-4 \
-    --ema-decay 0.999 --max-minutes "$MINUTES" --val-samples 16 --num-sampling-steps 50 --log-every 50 \
-    --ckpt-every 100 --results-dir "$OUTPUT/results"
+python train.py --preset quickstart --data-path "$DATA" --feature-path "$OUTPUT/features" --fold 0 \
+    --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --epochs 100000 --max-minutes "$MINUTES" --val-samples 16 \
+    --log-every 50 --ckpt-every 100 --results-dir "$OUTPUT/results"
 RUN=$(ls -dt "$OUTPUT"/results/*-GeCA-XS-0 | head -n 1)
 
 step "4 sampling: one image for the labels of every validation image"
-python sample_ddp_val.py --ckpt "$RUN/checkpoints/last_ckpt.pt" --data-path "$DATA" --fold 0 \
-    --num-sampling-steps 50 --sample-dir "$OUTPUT/synthetic-$MINUTES-minutes"
+python sample_ddp_val.py --preset quickstart --ckpt "$RUN/checkpoints/last_ckpt.pt" --data-path "$DATA" --fold 0 \
+    --sample-dir "$OUTPUT/synthetic-$MINUTES-minutes"
 SAMPLES=$(ls -dt "$OUTPUT/synthetic-$MINUTES-minutes"/GeCA-XS-* | head -n 1)
 
 step "5 report: real against real is the noise floor, then GeCA-XS"

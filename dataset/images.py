@@ -1,9 +1,14 @@
-"""Image files: read, checked, and cropped to squares."""
+"""Image files: read, checked, and cropped to squares.
+
+Every file becomes 8 bits per channel in RGB: grey and palette images by value, CMYK by Pillow's conversion, 16 bits
+scaled from 0…65535 to 0…255 whatever range they use, transparent places over black, turned as their EXIF tag says;
+of several pages the first. Floating point and 32-bit integers have no known range and are refused.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from core.errors import UserError
 
@@ -25,12 +30,25 @@ def load_image(path, size=None):
     """Read one image as uint8 (H, W, 3), cropped to (size, size) if `size` is given. Raises UserError."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # PIL would clip these to 255
-                raise ValueError(f"mode {image.mode}, expected 8 bits per channel: convert it")
-            image = image.convert("RGB")
+            image = _rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
         raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
     return np.asarray(image if size is None else center_crop(image, size))
+
+
+def _rgb(image):
+    """A PIL image of any mode -> RGB. Raises ValueError for pixels without a known range."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()}, expected 8 or 16 bits per channel: convert it")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating point, expected 8 or 16 bits per channel: convert it")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def load_images(paths, size, workers=4):

@@ -94,8 +94,14 @@ def fingerprint(images):
     return file_hash(images.csv)
 
 
-def write_split(root, name, filenames, labels, label_names, patients):
-    """Write ROOT/{name}.csv in the layout that `read_split` reads."""
-    rows = [[i, f, *(int(v) for v in y), p]
-            for i, (f, y, p) in enumerate(zip(filenames, labels, patients, strict=True))]
-    write_csv(Path(root) / f"{name}.csv", ["", "filename", *label_names, "patient_name"], rows)
+def write_split(root, name, filenames, labels, label_names, patients, eyes=None):
+    """Write ROOT/{name}.csv in the layout that `read_split` reads.
+
+    Patients that are all unknown ("") have no column; neither have eyes of which one is.
+    """
+    extra = {"patient_name": patients} if any(patients) else {}
+    if eyes is not None and len(eyes) and all(eyes):
+        extra["eye"] = eyes
+    rows = [[i, f, *(int(v) for v in y), *more]
+            for i, (f, y, *more) in enumerate(zip(filenames, labels, *extra.values(), strict=True))]
+    write_csv(Path(root) / f"{name}.csv", ["", "filename", *label_names, *extra], rows)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dataset.sources import phantom
-from dataset.sources.phantom import FINDINGS, LABELS, SIDE, draw_labels, draw_patients, draw_scan
+from dataset.sources.phantom import FINDINGS, LABELS, SIDE, draw_labels, draw_scan, read
 
 SEEDS = range(6)
 
@@ -69,13 +69,13 @@ def test_what_cannot_be_drawn_is_refused(labels, size, message):
 
 
 def test_image_i_does_not_depend_on_the_count_but_on_the_seed():
-    few, more = list(draw_patients(3, seed=4, size=32)), list(draw_patients(9, seed=4, size=32))
+    few, more = (list(read(count, 32, seed=4).records) for count in (3, 9))
     assert (len(few), len(more)) == (3, 9)
-    for (name, file, labels, image), (name_2, file_2, labels_2, image_2) in zip(few, more, strict=False):
-        assert (name, file, image.mode, image.tobytes()) == (name_2, file_2, "L", image_2.tobytes())
-        np.testing.assert_array_equal(labels, labels_2)
-    other = next(draw_patients(1, seed=5, size=32))[3]
-    assert other.tobytes() != few[0][3].tobytes()
+    for a, b in zip(few, more, strict=False):
+        assert (a.patient, a.name, a.labels) == (b.patient, b.name, b.labels)
+        assert (a.draw().mode, a.draw().tobytes()) == ("L", b.draw().tobytes())
+    other = next(read(1, 32, seed=5).records)
+    assert other.draw().tobytes() != few[0].draw().tobytes()
 
 
 def test_patients_have_one_to_four_scans_and_one_set_of_labels_per_eye(monkeypatch):
@@ -86,14 +86,17 @@ def test_patients_have_one_to_four_scans_and_one_set_of_labels_per_eye(monkeypat
         return np.zeros((SIDE, SIDE), np.uint8)
 
     monkeypatch.setattr(phantom, "draw_scan", blank)
-    rows = [(name, file, tuple(labels)) for name, file, labels, _ in draw_patients(400, seed=0)]
+    records = list(read(400).records)
+    for record in records:
+        record.draw()
+    rows = [(record.patient, record.name, record.labels) for record in records]
     assert len({file for _, file, _ in rows}) == 400
     assert [{name for name, y in zip(LABELS, labels, strict=True) if y} for *_, labels in rows] == drawn
-    assert rows[0][1].startswith("images/p0000_O") and rows[0][1].endswith("_1.png")
+    assert rows[0][1].startswith("p0000_O") and rows[0][1].endswith("_1")
     scans, labels_of_eye, eyes = defaultdict(int), defaultdict(set), defaultdict(set)
     for name, file, labels in rows:
         scans[name] += 1
-        assert file.split("/")[1].startswith(name)
+        assert file.startswith(name)
         eyes[name].add(file.split("_")[1])
         labels_of_eye[name, file.split("_")[1]].add(labels)
     complete = list(scans.values())[:-1]

@@ -9,54 +9,60 @@ with the columns Name (`patient_eye_modality_index`), DME (0, 1) and DR (0, NPDR
 graded). There is no licence text, only a request to cite.
 """
 
-import csv
 from pathlib import Path
 
 from core.errors import UserError
+from dataset.collection import Collection, Record
+from dataset.tables import read_table
 
 LABELS = ("NODR", "NPDR", "PDR", "DME")
 FOLDERS = {"oct": "OCT", "fundus": "EYE FUNDUS"}
+STATED = {"oct": {"images": 1113}, "fundus": {"images": 1548}}
 
 # DR -> NODR, NPDR, PDR. An ungraded eye has no DR label at all, like the null label of guidance.
 GRADES = {"0": (1, 0, 0), "NPDR": (0, 1, 0), "PDR": (0, 0, 1), "-": (0, 0, 0), "": (0, 0, 0)}
 DME = {"0": 0, "1": 1}
 
 
-def read(input_dir, modality):
-    """The images of one modality, "oct" or "fundus" -> list of (patient, filename, labels (4,), source path).
+def read(folder, modality):
+    """The images of one modality, "oct" or "fundus" -> Collection.
 
     Raises UserError for a missing CSV, column or image, a name listed twice, a value outside GRADES or DME.
     """
-    folder = FOLDERS[modality]
-    table = Path(input_dir) / f"{folder}.csv"
-    if not table.is_file():
-        raise UserError(f"{table}: no such file; --input is the folder that holds it and `{folder}/`")
-    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
-        absent = {"Name", "DME", "DR"} - set(reader.fieldnames or ())
-        if absent:
-            raise UserError(f"{table}: no column {', '.join(sorted(absent))}; expected Name, DME and DR")
-        rows = {}
-        for row in reader:
-            name, where = (row["Name"] or "").strip(), f"{table}, line {reader.line_num}"
-            if name in rows:
-                raise UserError(f"{where}: {name} is listed a second time; remove one of the two rows")
-            rows[name] = _labels(row, where)
-    paths = {path.stem: path for path in sorted(Path(input_dir).glob(f"{folder}/{folder}*/*.jpg"))}
-    missing = [name for name in rows if name not in paths]
+    kind = FOLDERS[modality]
+    file = Path(folder) / f"{kind}.csv"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; --input is the folder that holds it and `{kind}/`")
+    table = read_table(file)
+    name, dr, dme = (table.column(column) for column in ("Name", "DR", "DME"))
+    labels = {}
+    for row in table.rows:
+        if row[name] in labels:
+            raise UserError(f"{row.where}: {row[name]} is listed a second time; remove one of the two rows")
+        labels[row[name]] = _labels(row, row[dr], row[dme])
+    paths = {path.stem: path for path in sorted(Path(folder).glob(f"{kind}/{kind}*/*.jpg"))}
+    missing = [stem for stem in labels if stem not in paths]
     if missing:
         raise UserError(
-            f"{table}: {len(missing)} of {len(rows)} images are missing, the first is {missing[0]}.jpg "
-            f"(looked in {folder}/{folder}*/); fetch them or remove their rows"
+            f"{file}: {len(missing)} of {len(labels)} images are missing, the first is {missing[0]}.jpg "
+            f"(looked in {kind}/{kind}*/); fetch them or remove their rows"
         )
-    return [(name.split("_")[0], f"images/{name}.jpg", labels, paths[name]) for name, labels in rows.items()]
+    records = [Record(stem, y, paths[stem], patient=stem.split("_")[0], eye=_eye(stem)) for stem, y in labels.items()]
+    unknown = sum(not any(y[:3]) for y in labels.values())
+    remarks = (f"{unknown} images have no grade of retinopathy: NODR, NPDR and PDR are all 0",) if unknown else ()
+    return Collection(LABELS, records, len(records), STATED[modality], remarks)
 
 
-def _labels(row, where):
+def _eye(stem):
+    """0001_OI_o_1 -> OI, the left in Spanish; "" for names of another form."""
+    parts = stem.upper().split("_")
+    return parts[1] if len(parts) == 4 and parts[1] in ("OD", "OI", "OS") else ""
+
+
+def _labels(row, grade, oedema):
     """One row of the CSV -> (4,) in the order of LABELS."""
-    grade, oedema = (row["DR"] or "").strip(), (row["DME"] or "").strip()
     if grade not in GRADES:
-        raise UserError(f"{where}: DR is {grade!r}, expected 0, NPDR, PDR, or - for not graded")
+        raise UserError(f"{row.where}: DR is {grade!r}, expected 0, NPDR, PDR, or - for not graded")
     if oedema not in DME:
-        raise UserError(f"{where}: DME is {oedema!r}, expected 0 or 1")
+        raise UserError(f"{row.where}: DME is {oedema!r}, expected 0 or 1")
     return (*GRADES[grade], DME[oedema])

@@ -11,11 +11,14 @@ reduction to 64 x 64 pixels.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import count as count_up
 from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from dataset.collection import Collection, Record
 
 LABELS = ("NOR", "AMD", "WAMD", "DR", "CSC", "PED", "MEM", "FLD", "EXU", "CNV", "RVO")
 
@@ -447,13 +450,12 @@ def _speckle(strength, rng):
     return np.exp(strength * grain - 0.5 * strength**2)
 
 
-def draw_patients(count, seed, size=SIDE):
-    """Yield `count` images as (patient name, file name, labels (11,) of 0/1, PIL "L" image (size, size)).
+def read(count, image_size=SIDE, seed=0):
+    """`count` phantoms -> Collection. Image i depends on `seed` and i alone, not on `count`.
 
-    Image i depends on `seed` and i alone, not on `count`. Patients have 1 to 4 images of one or two eyes; all
-    images of an eye have its labels.
+    Patients have 1 to 4 images of one or two eyes; all images of an eye have its labels.
     """
-    return islice(_endless_patients(seed, size), count)
+    return Collection(LABELS, islice(_endless_patients(seed, image_size), count), count)
 
 
 def _endless_patients(seed, size):
@@ -466,11 +468,16 @@ def _endless_patients(seed, size):
         labels = draw_labels(rng)
         both = (labels, labels if rng.random() < SAME_DIAGNOSIS else draw_labels(rng))
         for eye, name in enumerate(("OD", "OS")):
+            vector = tuple(int(label in both[eye]) for label in LABELS)
             for scan in range(per_eye[eye]):
-                image = Image.fromarray(draw_scan(both[eye], (seed, patient, eye), scan, size))
-                vector = np.array([label in both[eye] for label in LABELS], np.int64)
-                filename = f"images/p{patient:04d}_{name}_{scan + 1}.png"
-                yield f"p{patient:04d}", filename, vector, ImageOps.mirror(image) if name == "OS" else image
+                yield Record(f"p{patient:04d}_{name}_{scan + 1}", vector, patient=f"p{patient:04d}", eye=name,
+                             draw=partial(_draw, both[eye], (seed, patient, eye), scan, size, mirrored=name == "OS"))
+
+
+def _draw(labels, seed, scan, size, mirrored):
+    """A scan as PIL image, mode L; left eyes are drawn as right ones and mirrored."""
+    image = Image.fromarray(draw_scan(labels, seed, scan, size))
+    return ImageOps.mirror(image) if mirrored else image
 
 
 def draw_labels(rng):

@@ -1,0 +1,163 @@
+"""Label tables as people publish them: whatever delimiter, encoding and stray blanks, read without guessing values."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import UserError
+
+ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")  # the first that fits
+DELIMITERS = ",;\t|"
+GRADES = ("NODR", "MILD", "MODERATE", "SEVERE", "PDR")  # of diabetic retinopathy, international scale 0 to 4
+
+
+class Row(dict):
+    """Column -> value, without blanks around; `where` names the line in messages."""
+
+    where: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of a file."""
+
+    path: Path
+    columns: tuple
+    rows: list  # of Row
+
+    def column(self, *names, required=True):
+        """The column that is called as one of `names`, regardless of case, blanks and underscores; None if none is.
+
+        Raises UserError for a missing column that is required.
+        """
+        wanted = [_plain(name) for name in names]
+        for name in self.columns:
+            if _plain(name) in wanted:
+                return name
+        if required:
+            raise UserError(f"{self.path}: no column {' or '.join(names)} (found: {', '.join(self.columns)[:200]})")
+        return None
+
+
+def read_table(path):
+    """A delimited text file with a header -> Table.
+
+    Columns without a name and without a value are dropped. Raises UserError for a missing, empty or binary file, for
+    two columns of one name, and for rows that are longer or shorter than the header.
+    """
+    header, *lines = _records(path)
+    names = [name.strip() for name in header]
+    if len(names) == 1 and not lines:
+        raise UserError(f"{path}: holds a header and no row; check the file")
+    kept = [i for i, name in enumerate(names) if name or any(len(cells) > i and cells[i].strip() for _, cells in lines)]
+    named = [names[i] or f"column {i + 1}" for i in kept]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{path}: has two columns {twice!r}; rename or remove one")
+    rows = []
+    for number, cells in lines:
+        where = f"{path}, line {number}"
+        if len(cells) > len(names) and not any(cell.strip() for cell in cells[len(names):]):
+            cells = cells[:len(names)]
+        if len(cells) != len(names):
+            raise UserError(f"{where}: {len(cells)} cells, expected {len(names)} as in the header; check its quotes")
+        row = Row({name: cells[i].strip() for name, i in zip(named, kept, strict=True)})
+        row.where = where
+        rows.append(row)
+    return Table(Path(path), tuple(named), rows)
+
+
+def _records(path):
+    """Header, then (line number, cells) of every line that is not empty."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if b"\0" in raw:
+        raise UserError(f"{path}: is no text (it holds NUL bytes); save it as CSV in UTF-8")
+    text = next(text for encoding in ENCODINGS if (text := _decoded(raw, encoding)) is not None)
+    if not text.strip():
+        raise UserError(f"{path}: is empty; check the file")
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error as error:
+        raise UserError(f"{path}: is no table ({error}); check its quotes") from None
+    return [lines[0][1], *lines[1:]]
+
+
+def _decoded(raw, encoding):
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _delimiter(text):
+    """The delimiter that is in the header most often; outside of quotes, as far as csv's sniffer can tell."""
+    header = text.lstrip().splitlines()[0]
+    if not any(d in header for d in DELIMITERS):
+        return ","
+    try:
+        return csv.Sniffer().sniff(header, DELIMITERS).delimiter
+    except csv.Error:
+        return max(DELIMITERS, key=header.count)
+
+
+def _plain(name):
+    return "".join(name.casefold().split()).replace("_", "").replace("-", "")
+
+
+def binary(row, column):
+    """0 or 1 from `0`, `1`, `0.0`, `1.0`. Raises UserError for anything else."""
+    value = row[column]
+    if value not in ("0", "1", "0.0", "1.0"):
+        raise UserError(f"{row.where}: {column} is {value!r}, expected 0 or 1")
+    return int(float(value))
+
+
+def one_hot(row, column, values):
+    """Which of `values`, texts, the column has: a tuple of 0 and 1. `2.0` counts as `2`. Raises UserError."""
+    value = row[column].removesuffix(".0")
+    if value not in values:
+        raise UserError(f"{row.where}: {column} is {row[column]!r}, expected one of {', '.join(values)}")
+    return tuple(int(value == v) for v in values)
+
+
+def grade(row, column):
+    """A grade 0 to 4 -> one of GRADES, one-hot. Raises UserError."""
+    return one_hot(row, column, ("0", "1", "2", "3", "4"))
+
+
+def find_image(folder, name, suffixes):
+    """The file FOLDER/NAME, or NAME with one of `suffixes` in lower or upper case; None if there is none.
+
+    Raises UserError for a name that leads out of the folder.
+    """
+    relative = Path(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{name}: leads out of {folder}; give a path below it")
+    exact = folder / relative
+    stem = exact.with_suffix("") if exact.suffix.lower() in suffixes else exact
+    spelt = [spelt for suffix in suffixes for spelt in (suffix, suffix.upper())]
+    candidates = [exact, *(stem.with_name(stem.name + suffix) for suffix in spelt)] if exact.name else []
+    return next(filter(Path.is_file, candidates), None)
+
+
+def match_images(rows, images, table):
+    """Rows and their images (None where missing) -> rows that have one, remarks. Raises UserError if none has."""
+    present = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
+    if rows and not present:
+        raise UserError(f"{table.path}: none of its {len(rows)} images is there; check --input")
+    missing = [row for row, image in zip(rows, images, strict=True) if image is None]
+    first = f"{missing[0].where}" if missing else ""
+    return present, [f"{len(missing)} of {len(rows)} rows of {table.path.name} have no image and were left out, the "
+                     f"first is {first}"] * bool(missing)
+
+
+def unlisted(folder_images, used, folder):
+    """A sentence about image files that no row names, or none."""
+    others = sorted(set(folder_images) - set(used))
+    return [f"{len(others)} image(s) are in no table and were left out, the first is {file.relative_to(folder)}"
+            for file in others[:1]]
