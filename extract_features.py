@@ -4,25 +4,29 @@
     torchrun --nproc_per_node=4 extract_features.py --data-path data/oct --features-path store/oct --fold 0
 
 Writes FEATURES/features_{fold}/ (dataset/latents.py): posterior mean and std of each image and of its mirror
-image, from any number of processes. The folder appears when it is complete.
+image, from any number of processes. The folder appears when it is complete; an extraction that was stopped goes on
+where it was.
 """
 
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from core import runtime
 from core.cli import Parser, integer, run
 from core.errors import UserError
+from core.files import read_json, write_json
 from dataset import latents
 from dataset.images import check_images, load_images
 from dataset.root import read_split
 from dataset.vae import cells_per_side, open_codec
 from presets import PAPER_SPACE, PAPER_TRAINING, presets_of
 
+CLAIM = "extracting.json"  # in an unfinished folder: what it will hold
 
 def main():
     args = parser().parse_args()
@@ -42,20 +46,39 @@ def main():
         wrong = f"its {latents.differences(stored, manifest)[0]} differs" if stored else "it has no manifest.json"
         raise UserError(f"{target}: holds other features ({wrong}); remove it or give another path")
 
-    ids = range(*share(len(split), process.process_index, process.num_processes))
-    check_images(split.paths[ids.start:ids.stop], args.num_workers)
     temporary = target.with_name(f".{target.name}.tmp")
+    missing = np.arange(len(split))
+    if begun(temporary, manifest):
+        missing = np.flatnonzero(~latents.finished(temporary, len(split)))
+        say(process, f"{target}: continuing, {len(split) - len(missing)} of {len(split)} images are there")
+    mine = missing[slice(*share(len(missing), process.process_index, process.num_processes))]
+    check_images([split.paths[i] for i in mine], args.num_workers)
+    process.wait_for_everyone()  # every process has looked before one of them writes
     if process.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-        temporary.mkdir(parents=True)
+        claim(temporary, manifest)
     process.wait_for_everyone()
-    encode(args, split, codec, ids, temporary, process)
+    encode(args, split, codec, mine, temporary, process)
     process.wait_for_everyone()
     if process.is_main_process:
         latents.write_manifest(temporary, manifest)
+        (temporary / CLAIM).unlink()
         os.replace(temporary, target)
     process.wait_for_everyone()
     say(process, f"{target}: {len(split)} images and their mirror images, VAE {codec.identity}")
+
+
+def begun(folder, manifest):
+    """Whether this very extraction has begun in a folder; that of other images or another VAE does not count."""
+    file = folder / CLAIM
+    return file.is_file() and read_json(file, f"remove {folder}") == manifest
+
+
+def claim(folder, manifest):
+    """A folder for this extraction; what another one left there goes."""
+    if not begun(folder, manifest):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / CLAIM, manifest)
 
 
 def share(n, rank, processes):
@@ -64,20 +87,26 @@ def share(n, rank, processes):
 
 
 def encode(args, split, codec, ids, folder, process):
-    """Encode the images `ids` in batches and write them as this process's shard."""
-    if not ids:
-        return
+    """Encode the images `ids` (n,), ascending, in batches; write a shard whenever one is full."""
     batch = args.global_batch_size // process.num_processes
-    means, stds = [], []
-    for start in tqdm(range(0, len(ids), batch), "encoding", unit="batch", disable=not process.is_main_process):
-        part = ids[start:start + batch]
-        images = load_images(split.paths[part.start:part.stop], args.image_size, args.num_workers)
-        images = torch.as_tensor(images)
-        moments = [codec.moments(variant) for variant in (images, images.flip(2))]  # (N, H, W, 3): flip W
-        means.append(torch.stack([mean for mean, _ in moments], 1).cpu())
-        stds.append(torch.stack([std for _, std in moments], 1).cpu())
-    labels = torch.tensor(split.labels[ids.start:ids.stop])
-    latents.write_shard(folder, process.process_index, ids.start, torch.cat(means), torch.cat(stds), labels)
+    with tqdm(total=len(ids), desc="encoding", unit="image", disable=not process.is_main_process) as bar:
+        for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):  # images that follow each other
+            for first in range(0, len(run), latents.SHARD):
+                shard = run[first:first + latents.SHARD]
+                parts = []
+                for start in range(0, len(shard), batch):
+                    parts.append(moments(codec, split, shard[start:start + batch], args))
+                    bar.update(len(parts[-1][0]))
+                if parts:
+                    mean, std = map(torch.cat, zip(*parts, strict=True))
+                    latents.write_shard(folder, int(shard[0]), mean, std, torch.tensor(split.labels[shard]))
+
+
+def moments(codec, split, ids, args):
+    """Mean and std of the latents of images `ids` and of their mirror images: (n, 2, C, h, w) each."""
+    images = torch.as_tensor(load_images([split.paths[i] for i in ids], args.image_size, args.num_workers))
+    both = [codec.moments(variant) for variant in (images, images.flip(2))]  # (n, H, W, 3): flip W
+    return tuple(torch.stack(values, 1).cpu() for values in zip(*both, strict=True))
 
 
 def say(process, text):

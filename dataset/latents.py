@@ -1,9 +1,10 @@
 """The latent cache: posterior mean and std of each training image and of its mirror image.
 
-FEATURES/features_{fold}/ holds `manifest.json` and shards; the manifest says which VAE, images and labels they
-come from, so that a stale or foreign cache is refused. Keeping the moments instead of one draw lets training see
-a new draw and mirror each time (the published extraction freezes one of each for all epochs). The published
-layout, one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
+FEATURES/features_{fold}/ holds `manifest.json` and shards of SHARD images at most; the manifest says which VAE, images
+and labels they come from, so that a stale or foreign cache is refused. Shards are mapped into memory, not read: a
+training starts at once and takes no more memory for more images. Keeping the moments instead of one draw lets training
+see a new draw and mirror each time (the published extraction freezes one of each for all epochs). The published layout,
+one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
@@ -20,6 +21,32 @@ from dataset.root import file_sizes, fingerprint
 from dataset.vae import same_weights
 
 FORMAT = 1
+SHARD = 2048  # images; what a killed extraction loses is less than one shard of each process
+
+
+class Stacked:
+    """Tensors (n_i, …) as if they were one (n, …) along their first dimension, without copying them."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.shape = torch.Size((int(self.starts[-1]), *parts[0].shape[1:]))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        """As a tensor's, for an integer or a slice at first place."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, slice):
+            return torch.stack([self[(i, *rest)] for i in range(*first.indices(len(self)))])
+        part = int(np.searchsorted(self.starts, range(len(self))[first], side="right")) - 1
+        return self.parts[part][(range(len(self))[first] - int(self.starts[part]), *rest)]
+
+
+def stacked(parts):
+    """One tensor as it is, several as Stacked."""
+    return parts[0] if len(parts) == 1 else Stacked(parts)
 
 
 @dataclass(frozen=True)
@@ -28,8 +55,8 @@ class LatentCache:
 
     path: Path
     manifest: dict
-    mean: torch.Tensor  # (n, V, C, h, w), scaled latents
-    std: torch.Tensor | None  # the same; None where the mean is exact (pixels, or one stored draw)
+    mean: torch.Tensor | Stacked  # (n, V, C, h, w), scaled latents
+    std: torch.Tensor | Stacked | None  # the same; None where the mean is exact (pixels, or one stored draw)
     labels: torch.Tensor  # (n, K) float32
 
     def __len__(self):
@@ -71,12 +98,25 @@ def read_manifest(path):
     return read_json(file, f"remove {path} and extract again") if file.is_file() else None
 
 
-def write_shard(path, rank, first, mean, std, labels):
-    """Write the images that one process encoded, `first` being the number of the first."""
+def write_shard(path, first, mean, std, labels):
+    """Write images that follow each other, `first` being the number of the first."""
     tensors = {"first": torch.tensor(first), "mean": mean.contiguous(), "labels": labels.contiguous()}
     if std.any():
         tensors["std"] = std.contiguous()
-    write_atomically(Path(path) / f"shard-{rank:05d}.safetensors", lambda file: save_file(tensors, file))
+    write_atomically(Path(path) / f"shard-{first:08d}.safetensors", lambda file: save_file(tensors, file))
+
+
+def finished(path, n):
+    """Which of n images the shards in a folder hold: (n,) bool. Damaged shards are removed."""
+    done = np.zeros(n, bool)
+    for file in Path(path).glob("shard-*.safetensors"):
+        try:
+            with safe_open(file, "pt") as shard:
+                first = int(shard.get_tensor("first"))
+                done[first:first + shard.get_slice("labels").get_shape()[0]] = True
+        except (OSError, ValueError, SafetensorError):
+            file.unlink()
+    return done
 
 
 def write_manifest(path, manifest):
@@ -96,11 +136,11 @@ def load(features_path, fold):
         return _load_published(path, Path(features_path) / f"labels_{fold}")
     shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
                     key=lambda s: int(s["first"]))
-    mean, std, labels = (torch.cat([s[name] for s in shards]) if shards and all(name in s for s in shards) else None
-                         for name in ("mean", "std", "labels"))
-    if mean is None or len(mean) != len(manifest["filenames"]):
-        raise UserError(f"{path}: holds {0 if mean is None else len(mean)} latents, its manifest says "
-                        f"{len(manifest['filenames'])}; remove it and extract again")
+    counts, n = [len(s["mean"]) for s in shards], len(manifest["filenames"])
+    if sum(counts) != n or [int(s["first"]) for s in shards] != np.cumsum([0, *counts]).tolist()[:-1]:
+        raise UserError(f"{path}: holds {sum(counts)} latents, its manifest says {n}; remove it and extract again")
+    mean, labels = stacked([s["mean"] for s in shards]), torch.cat([s["labels"] for s in shards])
+    std = stacked([s["std"] for s in shards]) if all("std" in s for s in shards) else None
     return LatentCache(path, manifest, mean, std, labels)
 
 

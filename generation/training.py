@@ -7,6 +7,7 @@ had not been stopped, on any number of processes.
 import copy
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -60,6 +61,12 @@ def ema_decay(limit, step, warmup=True):
     warm-up half of it is left after 7,000 steps at 0.9999.
     """
     return min(limit, (1 + step) / (10 + step)) if warmup else limit
+
+
+@lru_cache(maxsize=1)  # drawing it at every step would take longer the more images there are
+def order_of_epoch(seed, epoch, n):
+    """The n images of an epoch in the order in which it shows them: (n,)."""
+    return torch.randperm(n, generator=generator(seed, "epoch", epoch))
 
 
 @torch.no_grad()
@@ -169,9 +176,8 @@ class Training:
 
     def images_of_step(self):
         """Indices of the images of the global batch: each epoch is one seeded shuffle, its remainder dropped."""
-        order = torch.randperm(len(self.cache), generator=generator(self.options.seed, "epoch", self.epoch))
         start = self.step % self.steps_per_epoch * self.batch
-        return order[start:start + self.batch].tolist()
+        return order_of_epoch(self.options.seed, self.epoch, len(self.cache))[start:start + self.batch].tolist()
 
     def draw(self, mine):
         """Everything random about some samples, (place in the batch, image) each.

@@ -80,7 +80,7 @@ ARMS = [
     Arm("GeCA-XS 2e-3 betas 0.99", "GeCA-XS", (*rate("2e-3"), "--adam-betas", "0.9", "0.99")),
     # 3: longer, with the best of part 1; the comparison of docs/COMPARISON.md
     *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon"), steps, seeds)
-      for steps, seeds in ((2160, 2), (5760, 1)) for model, lr in MUON.items()),
+      for steps, seeds in ((234, 2), (2160, 2), (5760, 1)) for model, lr in MUON.items()),
 ]
 WAYS = {"published": {}, "none": {"heredity": "none"}, "below 550": {"heredity": "below:550"},
         "published, shared fire": {"shared_fire": True}, "none, shared fire": {"heredity": "none", "shared_fire": True}}

@@ -38,8 +38,8 @@ def store(tmp_path, split):
     g = torch.Generator().manual_seed(0)
     mean, std = torch.randn(5, 2, 4, 3, 3, generator=g), torch.rand(5, 2, 4, 3, 3, generator=g) + 0.5
     labels = torch.tensor(split.labels)
-    for rank, (first, last) in ((1, (2, 5)), (0, (0, 2))):
-        latents.write_shard(folder, rank, first, mean[first:last], std[first:last], labels[first:last])
+    for first, last in ((2, 5), (0, 2)):
+        latents.write_shard(folder, first, mean[first:last], std[first:last], labels[first:last])
     latents.write_manifest(folder, latents.manifest_of(split, Codec, 24))
     return tmp_path / "store", mean, std
 
@@ -47,9 +47,22 @@ def store(tmp_path, split):
 def test_round_trip_over_two_shards(store, split):
     path, mean, std = store
     cache = latents.load(path, 0)
-    assert torch.equal(cache.mean, mean) and torch.equal(cache.std, std)
+    assert torch.equal(cache.mean[:], mean) and torch.equal(cache.std[:], std)
+    assert torch.equal(cache.mean[3, 1], mean[3, 1]) and torch.equal(cache.mean[-5], mean[-5])
+    assert torch.equal(cache.mean[1:4, 0], mean[1:4, 0]) and cache.mean.shape == mean.shape
+    with pytest.raises(IndexError):
+        cache.mean[5]
     assert torch.equal(cache.labels, torch.tensor(split.labels))
     latents.check(cache, latents.manifest_of(split, Codec, 24), split.labels, Codec, 3)
+
+
+def test_what_is_finished_is_known_and_damage_is_not(store):
+    """Of five images the last three lie in a shard that was cut off: it is removed and done again."""
+    folder = store[0] / "features_0"
+    assert latents.finished(folder, 5).tolist() == [True] * 5
+    (folder / "shard-00000002.safetensors").write_bytes(b"cut off")
+    assert latents.finished(folder, 6).tolist() == [True] * 2 + [False] * 4
+    assert not (folder / "shard-00000002.safetensors").exists()
 
 
 def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
@@ -107,12 +120,12 @@ def test_the_same_weights_under_another_folder_name_are_no_foreigner(store, spli
 
 
 def test_a_lost_shard_is_noticed(store):
-    (store[0] / "features_0" / "shard-00001.safetensors").unlink()
+    (store[0] / "features_0" / "shard-00000002.safetensors").unlink()
     with pytest.raises(UserError, match="holds 2 latents, its manifest says 5"):
         latents.load(store[0], 0)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000000.safetensors"])
 def test_a_damaged_file_is_named_in_one_line(store, name):
     file = store[0] / "features_0" / name
     file.write_bytes(file.read_bytes()[:100])
