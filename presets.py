@@ -46,9 +46,9 @@ PRESETS = {
 PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER}; {FDDM}", {"table": {
     **PAPER_SPACE, "models": list(PAPER_MODELS[::-1]), "epochs": PAPER_TRAINING["epochs"],
     "batch": PAPER_TRAINING["global_batch_size"], "validate_every": PAPER_VALIDATION_EPOCHS,
-    "steps": PAPER_SAMPLING["num_sampling_steps"], "sampler": PAPER_SAMPLING["sampler"], "expand": PAPER_EXPANSION,
-    "backbone": PAPER_CLASSIFIER["backbone"], "classify_size": PAPER_CLASSIFIER["image_size"],
-    "classify_epochs": PAPER_CLASSIFIER["epochs"]}})
+    "steps": PAPER_SAMPLING["num_sampling_steps"], "sampler": PAPER_SAMPLING["sampler"], "heredity": "published",
+    "expand": PAPER_EXPANSION, "backbone": PAPER_CLASSIFIER["backbone"],
+    "classify_size": PAPER_CLASSIFIER["image_size"], "classify_epochs": PAPER_CLASSIFIER["epochs"]}})
 
 # Ours: what a CPU or a small GPU can train. Learning rates from one grid for all models (docs/LEARNING.md).
 MEASURED = "measured: docs/LEARNING.md"
@@ -70,8 +70,8 @@ PRESETS["quickstart"] = Preset(
 PRESETS["small"] = Preset("Tables 1 and 2 at 64 px with the bundled autoencoder", MEASURED, {"table": {
     **SMALL_SPACE, "models": list(SMALL_RATES), "model_preset": "small", "epochs": SMALL_TRAINING["epochs"],
     "batch": SMALL_TRAINING["global_batch_size"], "validate_every": SMALL_TRAINING["epochs"],
-    "steps": SMALL_SAMPLING["num_sampling_steps"], "sampler": SMALL_SAMPLING["sampler"], "features": ["retina"],
-    "lpips": "none"}})
+    "steps": SMALL_SAMPLING["num_sampling_steps"], "sampler": SMALL_SAMPLING["sampler"], "heredity": None,
+    "features": ["retina"], "lpips": "none", "classify_size": SMALL_SPACE["image_size"], "classify_epochs": 20}})
 
 
 @dataclass(frozen=True)

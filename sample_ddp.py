@@ -1,13 +1,16 @@
-"""Sample images with the labels of the training images of one fold, times --expand-ratio, to train with.
+"""Sample images with the labels of the training images of one fold, times --expand-ratio, or with labels you name.
 
     python sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0 --expand-ratio 5
     torchrun --nproc_per_node=4 sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0
+    python sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --labels PDR,DME --labels NODR --count 16
 
-`--data-path` is a latent cache (as published) or a data root. Writes SAMPLE_DIR/{name}/gen_samples/%06d.png,
-train_syn_{fold}.csv and train_syn_{fold}.npy. Stopped, the same command continues: images that are there are kept.
+`--data-path` is a latent cache (as published) or a data root; `--labels` needs none. Writes SAMPLE_DIR/{name}/ with
+gen_samples/%06d.png, train_syn_{fold}.csv, train_syn_{fold}.npy and a picture of the first images, grid.png; with
+`--labels` asked/, asked.csv, asked.npy. Stopped, the same command continues: images that are there are kept.
 """
 
 import argparse
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,8 +36,42 @@ UNSAID = {**PAPER_SPACE, "image_space": False, "multi_scale": False}  # for file
 
 
 def main():
-    args = parser(__doc__, "latent cache or data root with the labels of the fold", "expand").parse_args()
-    sample(args, training_labels, "gen_samples", "train_syn")
+    p = parser(__doc__, "latent cache or data root with the labels of the fold", "expand")
+    p.add_argument("--labels", action="append", metavar="NAMES", help="ask for images with these labels, joined by "
+                   "commas, or null for none; may be repeated; in place of --data-path")
+    p.add_argument("--count", type=integer(1), nargs="+", default=[16], metavar="N",
+                   help="images of each --labels: one number, or one for each")
+    args = p.parse_args()
+    if (args.labels is None) == (args.data_path is None):
+        raise UserError("expected either --data-path (its labels) or --labels (yours)")
+    if args.labels:
+        sample(args, asked_labels, "asked", "asked", "labels-" + "_".join(map(slug, args.labels)))
+    else:
+        sample(args, training_labels, "gen_samples", f"train_syn_{args.fold}")
+
+
+def slug(names):
+    """Label names as a part of a folder name."""
+    return re.sub(r"[^\w]+", "+", names.strip())[:60]
+
+
+def asked_labels(args, label_names):
+    """--labels and --count -> labels (n, K) and their names."""
+    if label_names is None:
+        raise UserError(f"--labels: {args.ckpt} does not name its labels; give --data-path")
+    counts = args.count * len(args.labels) if len(args.count) == 1 else args.count
+    if len(counts) != len(args.labels):
+        raise UserError(f"--count: found {len(counts)} numbers for {len(args.labels)} --labels, expected one or as "
+                        "many")
+    rows = []
+    for asked, count in zip(args.labels, counts, strict=True):
+        names = set() if asked.strip() == "null" else {name.strip() for name in asked.split(",")}
+        unknown = sorted(names - {*label_names})
+        if unknown:
+            raise UserError(f"--labels {asked}: {args.ckpt} knows no {unknown[0]!r}, it knows {' '.join(label_names)} "
+                            "(or null)")
+        rows += [[float(name in names) for name in label_names]] * count
+    return np.array(rows, np.float32), label_names
 
 
 def training_labels(args, label_names):
@@ -50,10 +87,11 @@ def training_labels(args, label_names):
     return cache.labels.numpy(), names
 
 
-def sample(args, labels_of, image_folder, csv_name):
+def sample(args, labels_of, image_folder, csv_name, name_more=""):
     """Sample one image per row of labels × expand_ratio into the sample folder, and describe them in a CSV.
 
-    `labels_of(args, label names of the checkpoint)` -> labels (n, K) and their names.
+    `labels_of(args, label names of the checkpoint)` -> labels (n, K) and their names; `name_more` ends the name of the
+    sample folder.
     """
     check_flags(args)
     checkpoint, assumed = load_matching(args)
@@ -68,8 +106,8 @@ def sample(args, labels_of, image_folder, csv_name):
     if args.compile:
         model.compile_parts()
 
-    folder = args.sample_dir / output.folder_name(checkpoint, args.ckpt.stem, args.fold, options)
-    csv_name = f"{csv_name}_{args.fold}"
+    name = output.folder_name(checkpoint, args.ckpt.stem, args.fold, options)
+    folder = args.sample_dir / "-".join(filter(None, [name, name_more]))
     settings = output.settings_of(checkpoint, args.weights, model, codec, options)
     settings["about"] = output.about(checkpoint, args.weights, model, options)
     label_array = labels.numpy().astype(int)
@@ -85,6 +123,7 @@ def sample(args, labels_of, image_folder, csv_name):
     process.wait_for_everyone()
     if process.is_main_process:
         output.describe(folder, image_folder, csv_name, label_array, label_names)
+        output.show(folder, image_folder, label_array, label_names)
         print(f"{folder}: {len(labels)} images")
     process.wait_for_everyone()
 
@@ -177,7 +216,7 @@ def parser(description, data_help, *sections):
     """The flags that both sampling scripts have; `sections` of presets.py beside the common one."""
     p = Parser(description, RELEASED, presets=presets_of("sample", *sections))
     p.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint, ours or published, or weights")
-    p.add_argument("--data-path", type=Path, required=True, metavar="DIR", help=data_help)
+    p.add_argument("--data-path", type=Path, metavar="DIR", help=data_help)
     p.add_argument("--sample-dir", type=Path, default="samples", metavar="DIR", help="where the sample folder goes")
     p.add_argument("--fold", type=integer(0), default=0, help="fold whose labels are asked for")
     p.add_argument("--expand-ratio", type=integer(1), default=1, help="images per row of labels")

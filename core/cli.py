@@ -30,6 +30,13 @@ def _dashes(argument):
     return flag.replace("_", "-") + equals + value
 
 
+class _Unset:
+    """What a flag is that nobody gave; repeatable flags (action="append") begin a list with it."""
+
+    def __copy__(self):
+        return []
+
+
 class _Assets(argparse.Action):
     """`--assets DIR`: obeyed at once, and kept out of the settings; a run goes on where the folder lies elsewhere."""
 
@@ -82,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
         if not self.released and not self.presets:
             return super().parse_known_args(args, namespace)
-        known, unset = self.defaults(), object()
+        known, unset = self.defaults(), _Unset()
         bare, _ = super().parse_known_args(args, argparse.Namespace(**dict.fromkeys(known, unset)))
         given = {dest: value for dest, value in vars(bare).items() if value is not unset}
         layers = {}  # where settings come from -> dest -> value; later ones count

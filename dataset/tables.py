@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def read_table(path):
     """
     header, *lines = _records(path)
     names = [name.strip() for name in header]
-    if len(names) == 1 and not lines:
+    if not lines:
         raise UserError(f"{path}: holds a header and no row; check the file")
     kept = [i for i, name in enumerate(names) if name or any(len(cells) > i and cells[i].strip() for _, cells in lines)]
     named = [names[i] or f"column {i + 1}" for i in kept]
@@ -96,7 +97,7 @@ def _decoded(raw, encoding):
 
 def _delimiter(text):
     """The delimiter that is in the header most often; outside of quotes, as far as csv's sniffer can tell."""
-    header = text.lstrip().splitlines()[0]
+    header = next(line for line in text.splitlines() if line.strip())
     if not any(d in header for d in DELIMITERS):
         return ","
     try:
@@ -113,7 +114,7 @@ def binary(row, column):
     """0 or 1 from `0`, `1`, `0.0`, `1.0`. Raises UserError for anything else."""
     value = row[column]
     if value not in ("0", "1", "0.0", "1.0"):
-        raise UserError(f"{row.where}: {column} is {value!r}, expected 0 or 1")
+        raise UserError(f"{row.where}: {column} is {value!r}, expected 0 or 1; correct it")
     return int(float(value))
 
 
@@ -121,7 +122,8 @@ def one_hot(row, column, values):
     """Which of `values`, texts, the column has: a tuple of 0 and 1. `2.0` counts as `2`. Raises UserError."""
     value = row[column].removesuffix(".0")
     if value not in values:
-        raise UserError(f"{row.where}: {column} is {row[column]!r}, expected one of {', '.join(values)}")
+        raise UserError(f"{row.where}: {column} is {row[column]!r}, expected one of {', '.join(values)}; "
+                        "correct it")
     return tuple(int(value == v) for v in values)
 
 
@@ -138,16 +140,37 @@ def find_image(folder, name, suffixes):
     relative = Path(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts:
         raise UserError(f"{name}: leads out of {folder}; give a path below it")
+    if not relative.name:
+        return None
     exact = folder / relative
     stem = exact.with_suffix("") if exact.suffix.lower() in suffixes else exact
-    spelt = [spelt for suffix in suffixes for spelt in (suffix, suffix.upper())]
-    candidates = [exact, *(stem.with_name(stem.name + suffix) for suffix in spelt)] if exact.name else []
-    return next(filter(Path.is_file, candidates), None)
+    spelt = [spelt for suffix in suffixes for spelt in (suffix, suffix.upper(), suffix.title())]
+    return next(filter(os.path.isfile, (exact, *(stem.with_name(stem.name + suffix) for suffix in spelt))), None)
+
+
+def find_images(rows, column, folder, suffixes):
+    """`find_image` for the names in a column; a name that leads out of the folder is refused with its line."""
+    found = []
+    for row in rows:
+        try:
+            found.append(find_image(folder, row[column], suffixes))
+        except UserError as error:
+            raise UserError(f"{row.where}: {column} {error}") from None
+    return found
 
 
 def match_images(rows, images, table):
-    """Rows and their images (None where missing) -> rows that have one, remarks. Raises UserError if none has."""
+    """Rows and their images (None where missing) -> (row, image) of those that have one, remarks.
+
+    Raises UserError if none has, and for an image that two rows name.
+    """
     present = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
+    first_rows = {}
+    for row, image in present:
+        first = first_rows.setdefault(image, row)
+        if first is not row:
+            raise UserError(f"{row.where}: {image.name} is listed a second time, the first is {first.where}; keep one "
+                            "row for each image")
     if rows and not present:
         raise UserError(f"{table.path}: none of its {len(rows)} images is there; check --input")
     missing = [row for row, image in zip(rows, images, strict=True) if image is None]

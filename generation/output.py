@@ -16,10 +16,13 @@ from core import claims
 from core.assets import weights_hash
 from core.errors import UserError
 from core.files import write_atomically, write_csv
+from dataset.images import load_images
+from dataset.pictures import caption, grid
 from generation.guidance import default_heredity
 from generation.sampling import sample_images
 
 OLDER = {"heredity": "published", "shared_fire": False}  # of folders that were made before these were settings
+SHOWN = 48  # images in grid.png
 RETIRED = ("unguided_state",)  # settings that older folders have and that no longer exist
 
 
@@ -111,3 +114,10 @@ def describe(folder, image_folder, csv_name, labels, label_names):
             for i, (y, c) in enumerate(zip(labels.tolist(), combination.tolist(), strict=True))]
     header = ["", "client_id", "filename", *label_names, "patient_name", "multi_class_label"]
     write_csv(folder / f"{csv_name}.csv", header, rows)
+
+
+def show(folder, image_folder, labels, label_names):
+    """Write FOLDER/grid.png: the first images in the order of their numbers, with their labels (n, K) below them."""
+    images = load_images([folder / image_folder / f"{i:06d}.png" for i in range(min(SHOWN, len(labels)))], None)
+    captions = [caption(row, label_names) for row in labels[:SHOWN]]
+    write_atomically(folder / "grid.png", lambda path: grid(images, captions).save(path, format="PNG"))

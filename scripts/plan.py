@@ -87,7 +87,8 @@ class Plan:
         return [Step("train", f"train-{plain(model)}-{k}", self.command(
             a.launch, "train.py", *self.preset(model), "--model", model, "--data-path", a.data, "--feature-path",
             self.out / "features", "--fold", k, *self.space(), "--epochs", a.epochs, "--global-batch-size", a.batch,
-            "--validate-every", a.validate_every, "--results-dir", self.runs(model, k)) + more(a.extra_train),
+            "--validate-every", a.validate_every, *self.heredity(), "--results-dir", self.runs(model, k)) + more(
+                a.extra_train),
             ("train", model, a.epochs * self.counts["train", k])) for k in self.folds for model in a.models]
 
     def sample(self):
@@ -96,8 +97,8 @@ class Plan:
         return [Step("sample", f"sample-{name}-{plain(model)}-{k}", self.command(
             a.sample_launch, script, *self.preset(model), "--ckpt",
             self.runs(model, k) / f"000-{plain(model)}-{k}/checkpoints/best_ckpt.pt", "--data-path", a.data, "--fold",
-            k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler", a.sampler, "--sample-dir",
-            self.out / "synthetic" / plain(model)) + more(a.extra_sample),
+            k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler", a.sampler, *self.heredity(),
+            "--sample-dir", self.out / "synthetic" / plain(model)) + more(a.extra_sample),
             ("guided", model, ratio * a.steps * self.counts[name, k])) for k in self.folds for model in a.models]
 
     def evaluate(self):
@@ -142,6 +143,9 @@ class Plan:
 
     def preset(self, model):
         return ["--preset", f"{self.args.model_preset}-{plain(model).lower()}"] if self.args.model_preset else []
+
+    def heredity(self):
+        return ["--heredity", self.args.heredity] if self.args.heredity else []
 
     def space(self):
         return "--image-size", self.args.image_size, "--vae", self.args.vae
@@ -279,6 +283,7 @@ def parser():
     g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="of train.py")
     g.add_argument("--steps", type=integer(1, 1000), help="sampling steps")
     g.add_argument("--sampler", choices=SAMPLERS, help="ancestral, DDIM or DPM-Solver++(2M)")
+    g.add_argument("--heredity", metavar="RULE", help="of validation and samplers (not set: as fits the training)")
     g = p.add_argument_group("scores")
     g.add_argument("--features", nargs="+", metavar="NAME", help="feature spaces of KID (default: inception, and dino "
                    "for GG)")

@@ -679,3 +679,24 @@ def test_bundled_weights_load_and_sample(file):
     latents = sampling.sample_latents(model, labels, [0], cells, options, "cpu")
     assert latents.shape == (1, model.in_channels, cells, cells) and latents.isfinite().all()
     assert loaded.label_names and loaded.codec.startswith("retina:")
+
+
+# ---- asking for images
+
+
+def test_labels_are_asked_for_by_name(trained, tmp_path):
+    """Without any data: two kinds of images, the grid, and the same pixels as under another request at their number."""
+    command = ("--ckpt", trained / "checkpoints" / "best_ckpt.pt", "--num-sampling-steps", 2, "--sample-dir", tmp_path)
+    succeeded(call_script("sample_ddp.py", *command, "--labels", "DR,FLD", "--labels", "null", "--count", 3, 2))
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-labels-DR+FLD_null")
+    split = read_split(folder, "asked")
+    wanted = [[float(name in ("DR", "FLD")) for name in split.label_names]] * 3 + [[0.0] * len(split.label_names)] * 2
+    assert split.labels.tolist() == wanted and Image.open(folder / "grid.png").width > 5 * 128
+    before = (folder / "asked" / "000000.png").stat().st_mtime_ns
+    succeeded(call_script("sample_ddp.py", *command, "--labels", "DR,FLD", "--labels", "null", "--count", 3, 2))
+    assert (folder / "asked" / "000000.png").stat().st_mtime_ns == before
+    for flags, words in ((("--labels", "XYZ"), ("knows no 'XYZ'", "NOR AMD")), ((), ("either --data-path",)),
+                         (("--labels", "DR", "--count", 1, 2), ("--count: found 2 numbers for 1 --labels",)),
+                         (("--labels", "DR", "--data-path", tmp_path), ("either --data-path",))):
+        refused(call_script("sample_ddp.py", *command, *flags), *words)

@@ -8,7 +8,7 @@ Some pictures occur twice with different grades: --on-conflict.
 from core.errors import UserError
 from dataset.collection import Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import GRADES, find_image, grade, match_images, read_table, unlisted
+from dataset.tables import GRADES, find_images, grade, match_images, read_table, unlisted
 
 LABELS = GRADES
 STATED = {"images": 3662, **dict(zip(GRADES, (1805, 370, 999, 193, 295), strict=True))}
@@ -21,7 +21,7 @@ def read(folder):
         raise UserError(f"--input {folder}: expected train.csv and train_images/; check the path")
     table = read_table(file)
     name, diagnosis = table.column("id_code"), table.column("diagnosis")
-    present, remarks = match_images(table.rows, [find_image(images, row[name], SUFFIXES) for row in table.rows], table)
+    present, remarks = match_images(table.rows, find_images(table.rows, name, images, SUFFIXES), table)
     records = [Record(path.stem, grade(row, diagnosis), path) for row, path in present]
     remarks += unlisted(image_files(images)[0], [record.file for record in records], folder)
     return Collection(LABELS, records, len(records), STATED, tuple(remarks))

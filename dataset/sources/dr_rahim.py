@@ -14,7 +14,7 @@ from dataset.sources.folder import image_files, left_out
 from dataset.tables import GRADES
 
 LABELS = GRADES
-STATED = {"images": 600, "patients": 300, **dict(zip(GRADES, (276, 99, 168, 34, 16), strict=True))}
+STATED = {"images": 600, "patients": 300, **dict(zip(GRADES, (276, 99, 168, 34, 16 + 7), strict=True))}  # 7 of ADED
 CLASSES = {"No DR": "NODR", "Mild DR": "MILD", "Moderate DR": "MODERATE", "Severe DR": "SEVERE", "PDR": "PDR",
            "ADED": "PDR"}
 NAME = re.compile(r"Patient(\d+)([_-])([LR])", re.IGNORECASE)

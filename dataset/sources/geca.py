@@ -4,10 +4,12 @@ The first column is an index, `filename` is relative to the folder of the CSV fi
 is a label, picked by name (files may order them differently). No patients and no test set: fold 0 is kept as it is.
 """
 
+from pathlib import PurePosixPath
+
 from core.errors import UserError
 from dataset.collection import Collection, Record
-from dataset.sources.folder import SUFFIXES
-from dataset.tables import binary, find_image, match_images, read_table
+from dataset.sources.folder import SUFFIXES, image_files
+from dataset.tables import binary, find_images, match_images, read_table, unlisted
 
 FOLD = 0
 
@@ -18,21 +20,24 @@ def read(folder):
     for split in ("train", "val"):
         files = sorted(folder.rglob(f"{split}_{FOLD}.csv"))
         if len(files) != 1:
-            raise UserError(f"--input {folder}: found {len(files)} of {split}_{FOLD}.csv, expected one")
+            raise UserError(f"--input {folder}: found {len(files)} of {split}_{FOLD}.csv, expected one; "
+                            "check the path")
         table = read_table(files[0])
         name = table.column("filename")
         own = [column for column in table.columns[1:] if column != name]
         labels = labels or tuple(own)
         if {*own} != {*labels}:
-            raise UserError(f"{files[0]}: labels {' '.join(own)}, expected {' '.join(labels)}")
+            raise UserError(f"{files[0]}: labels {' '.join(own)}, expected {' '.join(labels)}; rename "
+                            "its columns")
         places = (files[0].parent, files[0].parent.parent, folder)
-        found = [next(filter(None, (find_image(place, row[name], SUFFIXES) for place in places)), None)
-                 for row in table.rows]
+        tried = zip(*(find_images(table.rows, name, place, SUFFIXES) for place in places), strict=True)
+        found = [next(filter(None, paths), None) for paths in tried]
         present, more = match_images(table.rows, found, table)
         remarks += more
         for row, path in present:
-            key = row[name].rpartition(".")[0] or row[name]
+            key = PurePosixPath(row[name].replace("\\", "/")).with_suffix("").as_posix()
             if key in records:
                 raise UserError(f"{row.where}: {row[name]} is listed a second time; keep one row for each image")
             records[key] = Record(key, tuple(binary(row, label) for label in labels), path, split=split)
+    remarks += unlisted(image_files(folder)[0], [record.file for record in records.values()], folder)
     return Collection(labels, list(records.values()), len(records), remarks=tuple(remarks))

@@ -8,7 +8,7 @@ numbered from 001 again; the tables have empty columns. There are no patients. T
 from core.errors import UserError
 from dataset.collection import Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import GRADES, find_image, grade, match_images, read_table, unlisted
+from dataset.tables import GRADES, find_images, grade, match_images, read_table, unlisted
 
 LABELS = GRADES
 STATED = {"images": 516, **dict(zip(GRADES, (168, 25, 168, 93, 62), strict=True))}
@@ -16,18 +16,19 @@ STATED = {"images": 516, **dict(zip(GRADES, (168, 25, 168, 93, 62), strict=True)
 
 def read(folder):
     """Any folder above `1. Original Images` -> Collection."""
+    files, others = image_files(folder)
     records, remarks = [], []
     for split, word in (("train", "Training"), ("test", "Testing")):
-        images = sorted(path for path in folder.rglob(f"*{word} Set*")
-                        if path.is_dir() and "Original" in path.parent.name)
-        tables = sorted(path for path in folder.rglob("*.csv") if word in path.name)
+        images = sorted({path.parent for path in files
+                         if f"{word} Set" in path.parent.name and "Original" in path.parent.parent.name})
+        tables = [path for path in others if word in path.name and path.suffix.lower() == ".csv"]
         if len(images) != 1 or len(tables) != 1:
             raise UserError(f"--input {folder}: found {len(images)} folder(s) `{word} Set` and {len(tables)} table(s) "
                             f"named {word}, expected one of each below `B. Disease Grading`")
         table = read_table(tables[0])
         name, column = table.column("Image name"), table.column("Retinopathy grade")
-        found = [find_image(images[0], row[name], SUFFIXES) for row in table.rows]
-        present, more = match_images(table.rows, found, table)
+        present, more = match_images(table.rows, find_images(table.rows, name, images[0], SUFFIXES), table)
         records += [Record(f"{split}/{path.stem}", grade(row, column), path, split=split) for row, path in present]
-        remarks += more + unlisted(image_files(images[0])[0], [path for _, path in present], folder)
+        remarks += more
+    remarks += unlisted(files, [record.file for record in records], folder)
     return Collection(LABELS, records, len(records), STATED, tuple(remarks))

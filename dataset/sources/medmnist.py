@@ -41,7 +41,7 @@ def _read(path, name, labels, stated, remarks):
     file = _file(path, name)
     arrays = _arrays(file)
     known = MD5.get(file.name)
-    if known and hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != known:
+    if known and _md5(file) != known:
         remarks += (f"{file.name}: its MD5 is not the {known} that MedMNIST states",)
     records = [record for split in SPLITS for record in _records(file, split, arrays, len(labels))]
     return Collection(labels, records, len(records), stated, remarks)
@@ -55,6 +55,15 @@ def _file(path, name):
         listed = ", ".join(file.name for file in found) or "none"
         raise UserError(f"--input {path}: found {listed}, expected one {name}*.npz; give the file")
     return found[0]
+
+
+def _md5(file):
+    """MD5 of a file's bytes, read piece by piece."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(file, "rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _arrays(file):
@@ -78,13 +87,14 @@ def _records(file, split, arrays, classes):
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].reshape(-1)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"{file}: {split}_images is {images.dtype} {images.shape}, expected uint8 (N, H, W) or "
-                        "(N, H, W, 1 or 3)")
+                        "(N, H, W, 1 or 3); download it again")
     if len(images) != len(labels):
         raise UserError(f"{file}: {len(images)} {split} images and {len(labels)} labels; download it again")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     for i, label in enumerate(labels.tolist()):
         if label not in range(classes):
-            raise UserError(f"{file}: {split}_labels[{i}] is {label}, expected 0 to {classes - 1}")
+            raise UserError(f"{file}: {split}_labels[{i}] is {label}, expected 0 to {classes - 1}; download it "
+                            "again")
         yield Record(f"{split}/{i:06d}", tuple(int(k == label) for k in range(classes)),
                      draw=partial(Image.fromarray, images[i]), split=split)

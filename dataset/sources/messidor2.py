@@ -9,7 +9,7 @@ patient stands only in `messidor-2.csv`, one column `left;right`.
 from core.errors import UserError
 from dataset.collection import Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import GRADES, find_image, grade, match_images, read_table, unlisted
+from dataset.tables import GRADES, binary, find_images, grade, match_images, read_table, unlisted
 
 LABELS = GRADES
 STATED = {"images": 1744}
@@ -24,17 +24,20 @@ def read(folder):
     name = table.column("image_id", "id_code")
     column = table.column("adjudicated_dr_grade", "diagnosis")
     gradable = table.column("adjudicated_gradable", required=False)
-    rows = [row for row in table.rows if row[column] and (not gradable or row[gradable] not in ("0", "0.0"))]
+    rows = [row for row in table.rows if row[column] and (not gradable or binary(row, gradable))]
     remarks = [f"{len(table.rows) - len(rows)} images could not be graded and were left out"] * (
         len(rows) < len(table.rows))
-    present, more = match_images(rows, [find_image(images, row[name], SUFFIXES) for row in rows], table)
+    present, more = match_images(rows, find_images(rows, name, images, SUFFIXES), table)
     pairs = _pairs(folder / "messidor-2.csv")
     records = [Record(path.stem, grade(row, column), path, **pairs.get(path.stem.casefold(), {}))
                for row, path in present]
-    listed = [find_image(images, row[name], SUFFIXES) for row in table.rows]
+    listed = find_images(table.rows, name, images, SUFFIXES)
     more += unlisted(image_files(images)[0], [path for path in listed if path], folder)
+    unknown = sum(not record.patient for record in records)
     if not pairs:
         more.append("messidor-2.csv is not there: which images are of one patient is unknown")
+    elif unknown:
+        more.append(f"messidor-2.csv names no patient for {unknown} images")
     return Collection(LABELS, records, len(records), STATED, tuple(remarks + more))
 
 

@@ -27,20 +27,26 @@ def read(folder):
         raise UserError(f"--input {folder}: found no image in {{train,val,test}}/{{{','.join(LABELS)}}}/; check the "
                         "path")
     remarks = [*left_out(others, folder)]
+    unknown = [record for record in records if not record.patient]
+    if unknown:
+        remarks.append(f"the patient of {len(unknown)} image(s) is unknown: not named CLASS-PATIENT-N, the first is "
+                       f"{unknown[0].file.relative_to(folder)}")
     if strays:
-        remarks.append(f"{len(strays)} image(s) lie in no class folder and were left out, the first is {strays[0]}")
+        remarks.append(f"{len(strays)} image(s) lie in no class folder and were left out, the first is "
+                       f"{strays[0].relative_to(folder)}")
     return Collection(LABELS, records, len(records), STATED, tuple(remarks))
 
 
 def _place(path):
     """(split, class) from the last two folders, or (None, None)."""
-    split, label = path.parts[-3].strip().lower(), path.parts[-2].strip().upper()
+    split, label = ("", "", *(part.strip() for part in path.parts[:-1]))[-2:]
+    split, label = split.lower(), label.upper()
     return (split, label) if split in SPLITS and label in LABELS else (None, None)
 
 
 def _record(path, split, label):
     match = NAME.fullmatch(path.stem)
     if match and match[1].upper() != label:
-        raise UserError(f"{path}: named {match[1]} but lies in {label}/; find out which is right")
+        raise UserError(f"{path}: named {match[1]} but lies in {label}/; find out which is right and move or rename it")
     return Record(f"{split}/{label}/{path.stem}", tuple(int(label == name) for name in LABELS), path,
                   patient=match[2] if match else "", split=split)

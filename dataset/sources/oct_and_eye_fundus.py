@@ -6,14 +6,16 @@ https://github.com/Traslational-Visual-Health-Laboratory/OCT-AND-EYE-FUNDUS-DATA
     EYE FUNDUS.csv   EYE FUNDUS/EYE FUNDUS*/NAME.jpg    colour photographs
 
 with the columns Name (`patient_eye_modality_index`), DME (0, 1) and DR (0, NPDR, PDR; `-` or empty: not
-graded). There is no licence text, only a request to cite.
+graded). There is no licence text, only a request to cite. Most images are not graded, and some pictures
+occur under several patients (--join-identical).
 """
 
 from pathlib import Path
 
 from core.errors import UserError
 from dataset.collection import Collection, Record
-from dataset.tables import read_table
+from dataset.sources.folder import image_files
+from dataset.tables import match_images, read_table, unlisted
 
 LABELS = ("NODR", "NPDR", "PDR", "DME")
 FOLDERS = {"oct": "OCT", "fundus": "EYE FUNDUS"}
@@ -27,7 +29,8 @@ DME = {"0": 0, "1": 1}
 def read(folder, modality):
     """The images of one modality, "oct" or "fundus" -> Collection.
 
-    Raises UserError for a missing CSV, column or image, a name listed twice, a value outside GRADES or DME.
+    Raises UserError for a missing CSV or column, where no image is there, for two rows or two files of one name, and
+    for a value outside GRADES or DME.
     """
     kind = FOLDERS[modality]
     file = Path(folder) / f"{kind}.csv"
@@ -40,17 +43,23 @@ def read(folder, modality):
         if row[name] in labels:
             raise UserError(f"{row.where}: {row[name]} is listed a second time; remove one of the two rows")
         labels[row[name]] = _labels(row, row[dr], row[dme])
-    paths = {path.stem: path for path in sorted(Path(folder).glob(f"{kind}/{kind}*/*.jpg"))}
-    missing = [stem for stem in labels if stem not in paths]
-    if missing:
+    paths = {}
+    images, _ = image_files(Path(folder) / kind)
+    for path in images:
+        if paths.setdefault(path.stem, path) is not path:
+            raise UserError(f"{path} and {paths[path.stem]} have one name; remove one")
+    if labels and not labels.keys() & paths.keys():
         raise UserError(
-            f"{file}: {len(missing)} of {len(labels)} images are missing, the first is {missing[0]}.jpg "
-            f"(looked in {kind}/{kind}*/); fetch them or remove their rows"
+            f"{file}: {len(labels)} of {len(labels)} images are missing, the first is {next(iter(labels))}.jpg "
+            f"(looked below {kind}/); fetch them"
         )
-    records = [Record(stem, y, paths[stem], patient=stem.split("_")[0], eye=_eye(stem)) for stem, y in labels.items()]
-    unknown = sum(not any(y[:3]) for y in labels.values())
-    remarks = (f"{unknown} images have no grade of retinopathy: NODR, NPDR and PDR are all 0",) if unknown else ()
-    return Collection(LABELS, records, len(records), STATED[modality], remarks)
+    present, remarks = match_images(table.rows, [paths.get(row[name]) for row in table.rows], table)
+    records = [Record(row[name], labels[row[name]], path, patient=row[name].split("_")[0], eye=_eye(row[name]))
+               for row, path in present]
+    remarks += unlisted(images, [record.file for record in records], Path(folder))
+    unknown = sum(not any(record.labels[:3]) for record in records)
+    remarks += [f"{unknown} images have no grade of retinopathy: NODR, NPDR and PDR are all 0"] * bool(unknown)
+    return Collection(LABELS, records, len(records), STATED[modality], tuple(remarks))
 
 
 def _eye(stem):

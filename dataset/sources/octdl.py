@@ -18,14 +18,16 @@ def read(folder):
     """The folder that holds OCTDL_labels.csv, or one above it -> Collection."""
     tables = sorted({*folder.rglob("OCTDL_labels.csv"), *folder.rglob("labels.csv")})
     if len(tables) != 1:
-        raise UserError(f"--input {folder}: found {len(tables)} of OCTDL_labels.csv and labels.csv, expected one")
+        raise UserError(f"--input {folder}: found {len(tables)} of OCTDL_labels.csv and labels.csv, expected one; "
+                        "check the path")
     table = read_table(tables[0])
     name, disease, patient = (table.column(c) for c in ("file_name", "disease", "patient_id"))
     eye = table.column("eye", required=False)
     images, _ = image_files(folder)
     by_stem = {path.stem: path for path in images}
-    if len(by_stem) < len(images):
-        raise UserError(f"--input {folder}: holds two images of one name; remove one")
+    twice = next((path for path in images if by_stem[path.stem] != path), None)
+    if twice:
+        raise UserError(f"--input {folder}: {twice} and {by_stem[twice.stem]} have one name; remove one")
     found = [by_stem.get(row[name].removesuffix(".jpg")) for row in table.rows]
     present, remarks = match_images(table.rows, found, table)
     records = [Record(file.stem, one_hot(row, disease, LABELS), file, patient=_known(row[patient]),

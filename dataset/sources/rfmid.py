@@ -19,22 +19,25 @@ STATED = {"images": 3200}
 
 def read(folder):
     """Any folder above the layouts -> Collection. Labels are the columns of the tables."""
+    images, others = image_files(folder)
     tables = {}
-    for file in sorted(folder.rglob("*Labels.csv")):
+    for file in (path for path in others if path.name.endswith("Labels.csv")):
         split = _split_of(file.name)
         if split in tables:
-            raise UserError(f"--input {folder}: found two tables of the {split} set, {tables[split]} and {file}")
+            raise UserError(f"--input {folder}: found two tables of the {split} set, {tables[split]} and {file}; give "
+                            "the folder of one")
         tables[split] = file
     if not tables or None in tables:
         raise UserError(f"--input {folder}: expected tables such as RFMiD_Training_Labels.csv; check the path")
-    images, labels, records, remarks = image_files(folder)[0], None, [], []
+    labels, records, remarks = None, [], []
     for split, file in tables.items():
         table = read_table(file)
         name, risk = table.column("ID"), table.column("Disease_Risk")
         own = tuple(column for column in table.columns if column not in (name, risk))
         labels = labels or own
         if own != labels:
-            raise UserError(f"{file}: labels {' '.join(own)[:80]}, expected those of the other tables")
+            raise UserError(f"{file}: labels {' '.join(own)[:80]}, expected those of the other tables; "
+                            "rename its columns")
         by_stem = {path.stem: path for path in images if _split_of(*path.relative_to(folder).parts[:-1]) == split}
         found = [by_stem.get(row[name].removesuffix(".png")) for row in table.rows]
         present, more = match_images(table.rows, found, table)

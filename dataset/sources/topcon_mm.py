@@ -5,7 +5,8 @@
     {train,val,test}/{oct,cfp}.txt     FDDM: `NAME v1 … v11`; images of all splits in train/Images/{oct,fundus}-images
     {oct,fundus}_labels.csv            Hugging Face: names and 11 labels; images in {oct,fundus}_images
 
-A name is `patient-eye-scan`. The FDDM split is kept; the Hugging Face layout describes none.
+A name is `patient-eye-scan`, with or without suffix. The FDDM split is kept; the Hugging Face layout describes none,
+nor which column holds the names: it is the one whose values are image files.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from core.errors import UserError
 from dataset.collection import SPLITS, Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import Row, Table, binary, find_image, match_images, read_table, unlisted
+from dataset.tables import Row, Table, binary, find_image, find_images, match_images, read_table, unlisted
 
 LABELS = ("NOR", "AMD", "WAMD", "DR", "CSC", "PED", "MEM", "FLD", "EXU", "CNV", "RVO")
 LISTS = {"oct": "oct", "fundus": "cfp"}
@@ -32,38 +33,47 @@ def read(folder, modality):
     images = folder / f"{modality}_images"
     name = _name_column(table, images)
     columns = [table.column(label) for label in LABELS]
-    rows = [(row, row[name], tuple(binary(row, column) for column in columns), "") for row in table.rows]
-    return _collection(folder, images, table, rows)
+    return _collection(folder, images, table, name, [(tuple(binary(row, column) for column in columns), "")
+                                                     for row in table.rows])
 
 
 def _read_lists(folder, modality):
     """The FDDM layout: lines of a name and eleven 0/1."""
-    rows = []
-    for split in SPLITS:
-        file = folder / split / f"{LISTS[modality]}.txt"
-        if file.is_file():
-            rows += [_line(file, number, text, split) for number, text in
-                     enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1) if text.strip()]
-    table = Table(folder / f"{{train,val,test}}/{LISTS[modality]}.txt", (), [row for row, *_ in rows])
-    return _collection(folder, folder / "train" / "Images" / f"{modality}-images", table, rows)
+    files = {split: folder / split / f"{LISTS[modality]}.txt" for split in SPLITS}
+    missing = [f"{split}/{file.name} is not there: no images of this set" for split, file in files.items()
+               if not file.is_file()]
+    rows, facts = [], []
+    for split, file in files.items():
+        for number, line in enumerate(_lines(file), 1):
+            if line.strip():
+                row, labels = _line(f"{file}, line {number}", line)
+                rows.append(row)
+                facts.append((labels, split))
+    table = Table(folder / f"{{{','.join(SPLITS)}}}" / files["train"].name, ("name",), rows)
+    return _collection(folder, folder / "train" / "Images" / f"{modality}-images", table, "name", facts, missing)
 
 
-def _line(file, number, text, split):
-    row = Row()
-    row.where = f"{file}, line {number}"
-    name, *values = text.split()
+def _lines(file):
+    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.is_file() else ()
+
+
+def _line(where, line):
+    """`NAME v1 … v11` -> Row, labels."""
+    name, *values = line.split()
     if len(values) != len(LABELS) or not {*values} <= {"0", "1"}:
-        raise UserError(f"{row.where}: {text[:60]!r}, expected a name and {len(LABELS)} of 0 and 1")
-    return row, name, tuple(map(int, values)), split
+        raise UserError(f"{where}: {line[:60]!r}, expected a name and {len(LABELS)} of 0 and 1; correct it")
+    row = Row(name=name)
+    row.where = where
+    return row, tuple(map(int, values))
 
 
-def _collection(folder, images, table, rows):
-    found = [find_image(images, name, SUFFIXES) for _, name, *_ in rows]
-    _, remarks = match_images([row for row, *_ in rows], found, table)
-    records = [_record(row, file, labels, split)
-               for (row, _, labels, split), file in zip(rows, found, strict=True) if file]
-    remarks += unlisted(image_files(images)[0], [record.file for record in records], folder)
-    return Collection(LABELS, records, len(records), STATED, tuple(remarks))
+def _collection(folder, images, table, column, facts, remarks=()):
+    """`facts`: labels and split of each row of the table."""
+    found = find_images(table.rows, column, images, SUFFIXES)
+    _, missing = match_images(table.rows, found, table)
+    records = [_record(row, file, *fact) for row, file, fact in zip(table.rows, found, facts, strict=True) if file]
+    others = unlisted(image_files(images)[0], [record.file for record in records], folder)
+    return Collection(LABELS, records, len(records), STATED, (*remarks, *missing, *others))
 
 
 def _record(row, file, labels, split):
@@ -75,10 +85,20 @@ def _record(row, file, labels, split):
 
 
 def _name_column(table, images):
-    """The column whose values are image files."""
+    """The column of which most values are image files."""
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; unpack the images beside {Path(table.path).name}")
-    for column in table.columns:
-        if any(find_image(images, row[column], SUFFIXES) for row in table.rows[:20] if row[column]):
-            return column
-    raise UserError(f"{table.path}: no column names files of {images} (found: {', '.join(table.columns)[:120]})")
+    hits = {column: sum(_is_image(images, row[column]) for row in table.rows)
+            for column in table.columns if column not in LABELS}
+    best = max(hits, key=hits.get, default=None)
+    if not hits.get(best):
+        raise UserError(f"{table.path}: no column names files of {images} (found: {', '.join(table.columns)[:120]}); "
+                        "unpack the images there")
+    return best
+
+
+def _is_image(images, value):
+    try:
+        return find_image(images, value, SUFFIXES) is not None
+    except UserError:  # a path of another machine
+        return False
