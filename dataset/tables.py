@@ -49,7 +49,7 @@ def read_table(path):
     """
     header, *lines = _records(path)
     names = [name.strip() for name in header]
-    if not lines:
+    if len(names) == 1 and not lines:
         raise UserError(f"{path}: holds a header and no row; check the file")
     kept = [i for i, name in enumerate(names) if name or any(len(cells) > i and cells[i].strip() for _, cells in lines)]
     named = [names[i] or f"column {i + 1}" for i in kept]

@@ -23,8 +23,10 @@ MD5 = {"retinamnist.npz": "bd4c0672f1bba3e3a89f0e4e876791e4", "retinamnist_64.np
        "octmnist_224.npz": "abc493b6d529d5de7569faaef2773ba3"}
 STATED = {"retina": {"images": 1600, **dict(zip(GRADES, (714, 194, 346, 254, 92), strict=True))},
           "oct": {"images": 109309}}
-DEEPDRID = ("RetinaMNIST comes from DeepDRiD, four images of each patient: its training, validation and test images "
-            "may share patients")
+DEEPDRID = ("the patients are unknown; RetinaMNIST comes from DeepDRiD, four images of each patient: its training, "
+            "validation and test images may share patients")
+OCT2017 = ("the patients are unknown; OCTMNIST comes from OCT2017, several images of each patient: its training, "
+           "validation and test images may share patients")
 
 
 def read_retinamnist(path):
@@ -34,7 +36,7 @@ def read_retinamnist(path):
 
 def read_octmnist(path):
     """octmnist*.npz, or a folder with one -> Collection with four classes."""
-    return _read(path, "octmnist", OCT_LABELS, STATED["oct"], ())
+    return _read(path, "octmnist", OCT_LABELS, STATED["oct"], (OCT2017,))
 
 
 def _read(path, name, labels, stated, remarks):
