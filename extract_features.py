@@ -56,6 +56,7 @@ def main():
     process.wait_for_everyone()  # every process has looked before one of them writes
     if process.is_main_process:
         claim(temporary, manifest)
+        latents.remove_damaged(temporary)
     process.wait_for_everyone()
     encode(args, split, codec, mine, temporary, process)
     process.wait_for_everyone()

@@ -25,7 +25,7 @@ PAPER_SPACE = {"image_size": 256, "vae": "ema"}
 PAPER_TRAINING = {"epochs": 14000, "global_batch_size": 128, "optimizer": "adamw", "lr": 1e-4,
                   "lr_schedule": "constant", "warmup": 0, "adam_betas": [0.9, 0.999], "clip_norm": 0, "min_snr": 0,
                   "train_heredity": 0, "ema_decay": 0.9999}
-PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5}
+PAPER_SAMPLING = {"num_sampling_steps": 250, "sampler": "ddpm", "cfg_scale": 1.5, "heredity": "published"}
 PAPER_EXPANSION = 5  # synthetic images per training image, for Table 2
 PAPER_CLASSIFIER = {"backbone": "resnet50.tv_in1k", "image_size": 448, "augment": "geometric", "optimizer": "sgd",
                     "global_batch_size": 8, "epochs": 80}
@@ -38,15 +38,15 @@ PRESETS = {
     f"paper-{data}-{model.lower()}": Preset(
         f"{model}, {data} ({labels} labels), Tables 1 and 2; 4 GPUs, --mixed_precision fp16", f"{PAPER}; {FDDM}",
         {"extract": PAPER_SPACE, "train": {"model": model, "validate_every": PAPER_VALIDATION_EPOCHS, **PAPER_SPACE,
-                                           **PAPER_TRAINING, **PAPER_SAMPLING, "heredity": "published"},
-         "sample": {**PAPER_SAMPLING, "heredity": "published"}, "expand": {"expand_ratio": PAPER_EXPANSION},
+                                           **PAPER_TRAINING, **PAPER_SAMPLING},
+         "sample": PAPER_SAMPLING, "expand": {"expand_ratio": PAPER_EXPANSION},
          "classify": {**PAPER_CLASSIFIER, **OPTIMISERS["sgd"]}})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
 PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER}; {FDDM}", {"table": {
     **PAPER_SPACE, "models": list(PAPER_MODELS[::-1]), "epochs": PAPER_TRAINING["epochs"],
     "batch": PAPER_TRAINING["global_batch_size"], "validate_every": PAPER_VALIDATION_EPOCHS,
-    "steps": PAPER_SAMPLING["num_sampling_steps"], "sampler": PAPER_SAMPLING["sampler"], "heredity": "published",
+    "steps": PAPER_SAMPLING["num_sampling_steps"], "sampler": PAPER_SAMPLING["sampler"],
     "expand": PAPER_EXPANSION, "backbone": PAPER_CLASSIFIER["backbone"],
     "classify_size": PAPER_CLASSIFIER["image_size"], "classify_epochs": PAPER_CLASSIFIER["epochs"]}})
 
@@ -54,7 +54,7 @@ PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER
 MEASURED = "measured: docs/LEARNING.md"
 SMALL_SPACE = {"image_size": 64, "vae": "retina"}  # 8 × 8 cells
 SMALL_RATES = {"GeCA-XS": 4e-3, "DiT-S": 4e-3, "LDM-B": 2e-3}  # of Muon
-QUICKSTART_RATE = 1e-3
+QUICKSTART = {"optimizer": "adamw", "lr": 3e-4}  # from weights that are trained already
 SMALL_SAMPLING = {"sampler": "ddim", "num_sampling_steps": 25, "cfg_scale": 1.5}
 SMALL_TRAINING = {**SMALL_SPACE, **SMALL_SAMPLING, "epochs": 120, "global_batch_size": 32, "optimizer": "muon",
                   "lr_schedule": "linear", "warmup": 50, "clip_norm": 1, "ema_decay": 0.999}
@@ -66,12 +66,12 @@ PRESETS |= {
     for model, lr in SMALL_RATES.items()}
 PRESETS["quickstart"] = Preset(
     "GeCA-XS for some minutes from the bundled weights: quickstart.sh", MEASURED,
-    {"train": {"model": "GeCA-XS", **SMALL_TRAINING, "lr": QUICKSTART_RATE}, "sample": SMALL_SAMPLING})
+    {"train": {"model": "GeCA-XS", **SMALL_TRAINING, **QUICKSTART}, "sample": SMALL_SAMPLING})
 PRESETS["small"] = Preset("Tables 1 and 2 at 64 px with the bundled autoencoder", MEASURED, {"table": {
     **SMALL_SPACE, "models": list(SMALL_RATES), "model_preset": "small", "epochs": SMALL_TRAINING["epochs"],
     "batch": SMALL_TRAINING["global_batch_size"], "validate_every": SMALL_TRAINING["epochs"],
-    "steps": SMALL_SAMPLING["num_sampling_steps"], "sampler": SMALL_SAMPLING["sampler"], "heredity": None,
-    "features": ["retina"], "lpips": "none", "classify_size": SMALL_SPACE["image_size"], "classify_epochs": 20}})
+    "steps": SMALL_SAMPLING["num_sampling_steps"], "sampler": SMALL_SAMPLING["sampler"], "features": ["retina"],
+    "lpips": "none", "classify_size": SMALL_SPACE["image_size"], "classify_epochs": 20}})
 
 
 @dataclass(frozen=True)

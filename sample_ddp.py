@@ -26,7 +26,7 @@ from dataset.vae import cells_per_side, open_codec, same_weights
 from diffusion.samplers import SAMPLERS
 from generation import checkpoint as checkpoints
 from generation import output
-from generation.guidance import default_heredity, parse_heredity
+from generation.guidance import parse_heredity
 from generation.sampling import SamplingOptions
 from models import MODELS
 from presets import PAPER_SAMPLING, PAPER_SPACE, presets_of
@@ -195,19 +195,17 @@ def check_fit(args, checkpoint, codec):
 def options_of(args, checkpoint):
     """The SamplingOptions that the flags and the checkpoint ask for."""
     names = {f.name for f in fields(SamplingOptions)} & vars(args).keys()
-    heredity = args.heredity or default_heredity(checkpoint.args.get("train_heredity"))
     return SamplingOptions(**{name: getattr(args, name) for name in names} | {
         "steps": args.num_sampling_steps, "seed": args.global_seed, "batch_size": args.per_proc_batch_size,
-        "heredity": heredity, "multi_scale": checkpoint.args["multi_scale"],
+        "multi_scale": checkpoint.args["multi_scale"],
         "cfg_interval": args.cfg_interval and tuple(args.cfg_interval)})
 
 
 def add_heredity_flags(p):
     """How the automaton's state is inherited, for the samplers and the validation of train.py alike."""
     p.add_argument("--heredity", type=parse_heredity, metavar="RULE", help="which state of GeCA a denoising step "
-                   "starts from: published (hidden channels inherited), none, below:T (inherited at steps below T) or "
-                   "whole (all channels, where there is no guidance) (default: none if the model was trained with "
-                   "--train-heredity 0, else published)")
+                   "starts from: published (hidden channels inherited), none (for a model that has learned little), "
+                   "below:T (inherited at steps below T) or whole (all channels, where there is no guidance)")
     p.add_argument("--shared-fire", action="store_true",
                    help="the same cells fire in the conditional and the unconditional copy")
 

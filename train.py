@@ -32,7 +32,7 @@ from dataset.vae import cells_per_side, open_codec, same_weights
 from diffusion.samplers import SAMPLERS
 from evaluation.features import open_features
 from generation import checkpoint as checkpoints
-from generation.guidance import default_heredity
+from generation.guidance import RENAMED
 from generation.optimiser import OPTIMISERS
 from generation.sampling import SamplingOptions
 from generation.training import SCHEDULES, Training, TrainingOptions, model_args, weights_to_start_from
@@ -43,7 +43,6 @@ from sample_ddp import add_heredity_flags
 
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
                 "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
-RETIRED = ("unguided_state",)  # settings that older runs have and that no longer exist
 AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 SAVE_MINUTES = 5  # last_ckpt.pt is written at least so often
 RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
@@ -64,7 +63,7 @@ def main():
     args.num_classes, args.in_channels = len(label_names), codec.channels
     settings = settings_of(args, codec, training_split, validation_split)
     folder, exists, note = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}",
-                                               settings, parser().defaults(), RETIRED)
+                                               settings, parser().defaults(), RENAMED)
     remarks, weights = [note] if note else [], None
     if args.load_from:
         weights, more = start_from(args, cache, label_names, codec)
@@ -257,9 +256,8 @@ def training_options(args):
 
 def validation_options(args):
     """Validation samples as the final sampling will, unless its flags say otherwise."""
-    heredity = args.heredity or default_heredity(args.train_heredity)
     sampling = SamplingOptions(steps=args.num_sampling_steps, sampler=args.sampler, cfg_scale=args.cfg_scale,
-                               heredity=heredity, shared_fire=args.shared_fire, multi_scale=args.multi_scale,
+                               heredity=args.heredity, shared_fire=args.shared_fire, multi_scale=args.multi_scale,
                                seed=args.global_seed)
     return ValidationOptions(sampling, args.val_samples, args.validation_labels, args.validation_kid)
 
@@ -345,7 +343,7 @@ def parser():
     g.add_argument("--ckpt-every", type=integer(1), default=1000, metavar="STEPS",
                    help="steps between writes of last_ckpt.pt")
     g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read validation images")
-    g.add_argument("--cache", action="store_true", help="accepted as published; latents are always in memory")
+    g.add_argument("--cache", action="store_true", help="accepted as published; latents are mapped into memory anyway")
     p.set_defaults(**PAPER_SPACE, **PAPER_TRAINING, **PAPER_SAMPLING)
     return p
 

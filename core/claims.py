@@ -29,18 +29,20 @@ def write_settings(folder, settings):
     write_json(Path(folder) / FILE, settings)
 
 
-def differences(stored, wanted, defaults=None, retired=()):
+def differences(stored, wanted, defaults=None, renamed=None):
     """Settings that a folder has (`stored`) and settings that are asked for -> name -> (stored value, wanted value).
 
     Empty if they are the same: the folder may be continued. A setting that `stored` does not know counts as its
     default (`defaults`: name -> value, None where it is not there), so that what was made before a flag existed is
-    continued by the same command. Those named in `retired` no longer exist and are passed over; any other stored
-    setting that is not known counts as None in `wanted`. Values are compared as JSON gives them back, so that a tuple
-    equals a list.
+    continued by the same command. `renamed`: settings of older folders that have another name now -> (that name, {old
+    value: new value}). Any other stored setting that is not known counts as None in `wanted`. Values are compared as
+    JSON gives them back, so that a tuple equals a list.
     """
+    for old, (name, values) in (renamed or {}).items():
+        if old in stored:
+            stored = {name: values.get(stored[old], stored[old]), **{k: v for k, v in stored.items() if k != old}}
     wanted, defaults = _as_json(wanted), _as_json(defaults or {})
-    stored = {name: stored.get(name, defaults.get(name)) for name in wanted} | {
-        name: value for name, value in stored.items() if name not in retired}
+    stored = {name: stored.get(name, defaults.get(name)) for name in wanted} | stored
     return {name: (value, wanted.get(name)) for name, value in stored.items() if value != wanted.get(name)}
 
 

@@ -10,11 +10,11 @@ from core.files import read_jsonl, write_text
 from core.runtime import versions
 
 
-def find_or_number(results_dir, name, settings, defaults=None, retired=()):
+def find_or_number(results_dir, name, settings, defaults=None, renamed=None):
     """The folder of the run with these settings, or the next free one: (folder, whether it exists, note).
 
     Folders are {results_dir}/{index:03d}-{name}. The newest run with the same settings (`core.claims.differences`;
-    `defaults` are those of the flags, `core.cli.Parser.defaults`, `retired` names that no longer exist) is continued,
+    with its `defaults`, here those of the flags, `core.cli.Parser.defaults`, and `renamed` settings) is continued,
     so that the same command resumes; the number of a new run is one more than the highest, so a deleted run frees no
     number. `note`: where a new run starts although others have its name, one line that says in which settings the most
     similar one differs; else None.
@@ -25,7 +25,7 @@ def find_or_number(results_dir, name, settings, defaults=None, retired=()):
     for path in reversed(runs):
         stored = claims.read_settings(path, "remove the run folder") if path.name.partition("-")[2] == name else None
         if stored is not None:
-            similar.append((path, claims.differences(stored, settings, defaults, retired)))
+            similar.append((path, claims.differences(stored, settings, defaults, renamed)))
             if not similar[-1][1]:
                 return path, True, None
     index = max((int(path.name.partition("-")[0]) for path in runs), default=-1) + 1

@@ -107,16 +107,28 @@ def write_shard(path, first, mean, std, labels):
 
 
 def finished(path, n):
-    """Which of n images the shards in a folder hold: (n,) bool. Damaged shards are removed."""
+    """Which of n images the shards in a folder hold: (n,) bool; damaged shards hold none."""
     done = np.zeros(n, bool)
     for file in Path(path).glob("shard-*.safetensors"):
-        try:
-            with safe_open(file, "pt") as shard:
-                first = int(shard.get_tensor("first"))
-                done[first:first + shard.get_slice("labels").get_shape()[0]] = True
-        except (OSError, ValueError, SafetensorError):
-            file.unlink()
+        done[slice(*_held(file))] = True
     return done
+
+
+def remove_damaged(path):
+    """Remove shards that cannot be read, which a killed extraction may have left."""
+    for file in Path(path).glob("shard-*.safetensors"):
+        if _held(file) == (0, 0):
+            file.unlink()
+
+
+def _held(file):
+    """First and last + 1 of the images that a shard holds; (0, 0) if it is damaged."""
+    try:
+        with safe_open(file, "pt") as shard:
+            first = int(shard.get_tensor("first"))
+            return first, first + shard.get_slice("labels").get_shape()[0]
+    except (OSError, ValueError, SafetensorError):
+        return 0, 0
 
 
 def write_manifest(path, manifest):
@@ -135,8 +147,11 @@ def load(features_path, fold):
     if manifest is None:
         return _load_published(path, Path(features_path) / f"labels_{fold}")
     shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
-                    key=lambda s: int(s["first"]))
-    counts, n = [len(s["mean"]) for s in shards], len(manifest["filenames"])
+                    key=lambda s: int(s.get("first", 0)))
+    n = len(manifest.get("filenames", ()))
+    if not shards or not all({"first", "mean", "labels"} <= s.keys() for s in shards):
+        raise UserError(f"{path}: holds no whole shard, its manifest says {n} latents; remove it and extract again")
+    counts = [len(s["mean"]) for s in shards]
     if sum(counts) != n or [int(s["first"]) for s in shards] != np.cumsum([0, *counts]).tolist()[:-1]:
         raise UserError(f"{path}: holds {sum(counts)} latents, its manifest says {n}; remove it and extract again")
     mean, labels = stacked([s["mean"] for s in shards]), torch.cat([s["labels"] for s in shards])

@@ -6,6 +6,7 @@ from evaluation.results import agree, agree_in_folds, agree_per_fold, listed
 from evaluation.tables import Cell, Table, in_order, mark_best, over
 
 SCORES = ("KID ↓", "LPIPS ↑", "GG")
+USUAL = {"weights": "ema", "heredity": "published"}  # what is not said of how images were sampled
 
 
 def table_1(results):
@@ -62,7 +63,9 @@ def rows_of(name, results):
 def _way_of(row):
     """How these images were sampled, as text."""
     about = row["about"]
-    return f"{about.get('sampler', '?')}, {about.get('steps', '?')} steps, guidance {about.get('cfg_scale', '?')}"
+    way = f"{about.get('sampler', '?')}, {about.get('steps', '?')} steps, guidance {about.get('cfg_scale', '?')}"
+    more = [f"{name} {about[name]}" for name, usual in USUAL.items() if about.get(name, usual) != usual]
+    return ", ".join([way, *more])
 
 
 def _parameters(method, rows):

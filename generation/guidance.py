@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.random import on_device, per_image
 
 HEREDITY = ("published", "none", "whole")  # and below:T
+RENAMED = {"unguided_state": ("heredity", {"hidden": "published", "whole": "whole"})}  # what older settings call it
 
 
 def inherits(heredity, t):
@@ -109,12 +110,3 @@ def parse_heredity(text):
         raise UserError(f"--heredity {text}: expected {', '.join(HEREDITY)} or below:T with a diffusion step T of at "
                         "most 1000")
     return f"below:{int(step)}" if colon else text
-
-
-def default_heredity(trained_with):
-    """How a model samples best that was trained with `--train-heredity P`; None where its file does not say.
-
-    What was trained to inherit inherits. What never saw an inherited state in training does better without: see
-    docs/LEARNING.md. A published file, or one of before there was a choice, is sampled as published.
-    """
-    return "none" if trained_with == 0 else "published"

@@ -18,19 +18,18 @@ from core.errors import UserError
 from core.files import write_atomically, write_csv
 from dataset.images import load_images
 from dataset.pictures import caption, grid
-from generation.guidance import default_heredity
+from generation.guidance import RENAMED
 from generation.sampling import sample_images
 
 OLDER = {"heredity": "published", "shared_fire": False}  # of folders that were made before these were settings
 SHOWN = 48  # images in grid.png
-RETIRED = ("unguided_state",)  # settings that older folders have and that no longer exist
 
 
 def folder_name(checkpoint, stem, fold, options):
-    """The published name of a sample folder; another sampler, or heredity than fits the checkpoint, adds its own."""
+    """The published name of a sample folder; another sampler or heredity adds its own."""
     trained = checkpoint.args
     more = {"ddpm": "", "ddim": f"-ddim-eta-{options.eta:g}", "dpmpp": "-dpmpp"}[options.sampler]
-    if options.heredity not in (default_heredity(trained.get("train_heredity")), "whole"):
+    if options.heredity not in ("published", "whole"):
         more += f"-heredity-{options.heredity.replace(':', '-')}"
     if options.shared_fire:
         more += "-shared-fire"
@@ -67,7 +66,7 @@ def claim(folder, settings, label_file, labels, process):
     stored = claims.read_settings(folder)
     if stored is not None:
         different = claims.differences(*({k: v for k, v in s.items() if k != "about"} for s in (stored, settings)),
-                                       OLDER, RETIRED)
+                                       OLDER, RENAMED)
         if different:
             raise UserError(f"{folder}: its images were made with other settings ({claims.described(different)}); "
                             "remove it or give another --sample-dir")

@@ -33,7 +33,7 @@ from core.files import file_hash, make_folder, write_text
 from dataset.root import read_split
 from diffusion.samplers import SAMPLERS
 from models import MODELS
-from presets import presets_of
+from presets import PRESETS, presets_of
 from scripts.throughput import Throughput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,8 +87,7 @@ class Plan:
         return [Step("train", f"train-{plain(model)}-{k}", self.command(
             a.launch, "train.py", *self.preset(model), "--model", model, "--data-path", a.data, "--feature-path",
             self.out / "features", "--fold", k, *self.space(), "--epochs", a.epochs, "--global-batch-size", a.batch,
-            "--validate-every", a.validate_every, *self.heredity(), "--results-dir", self.runs(model, k)) + more(
-                a.extra_train),
+            "--validate-every", a.validate_every, "--results-dir", self.runs(model, k)) + more(a.extra_train),
             ("train", model, a.epochs * self.counts["train", k])) for k in self.folds for model in a.models]
 
     def sample(self):
@@ -97,8 +96,8 @@ class Plan:
         return [Step("sample", f"sample-{name}-{plain(model)}-{k}", self.command(
             a.sample_launch, script, *self.preset(model), "--ckpt",
             self.runs(model, k) / f"000-{plain(model)}-{k}/checkpoints/best_ckpt.pt", "--data-path", a.data, "--fold",
-            k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler", a.sampler, *self.heredity(),
-            "--sample-dir", self.out / "synthetic" / plain(model)) + more(a.extra_sample),
+            k, "--expand-ratio", ratio, "--num-sampling-steps", a.steps, "--sampler", a.sampler, "--sample-dir",
+            self.out / "synthetic" / plain(model)) + more(a.extra_sample),
             ("guided", model, ratio * a.steps * self.counts[name, k])) for k in self.folds for model in a.models]
 
     def evaluate(self):
@@ -142,10 +141,13 @@ class Plan:
         return f"{launch} " + " ".join(shlex.quote(str(word)) for word in words)
 
     def preset(self, model):
-        return ["--preset", f"{self.args.model_preset}-{plain(model).lower()}"] if self.args.model_preset else []
-
-    def heredity(self):
-        return ["--heredity", self.args.heredity] if self.args.heredity else []
+        if not self.args.model_preset:
+            return []
+        name = f"{self.args.model_preset}-{plain(model).lower()}"
+        if name not in PRESETS:
+            raise UserError(f"--model-preset {self.args.model_preset}: there is no preset {name} for --models {model}; "
+                            f"there are {', '.join(p for p in PRESETS if p.startswith(f'{self.args.model_preset}-'))}")
+        return ["--preset", name]
 
     def space(self):
         return "--image-size", self.args.image_size, "--vae", self.args.vae
@@ -283,7 +285,6 @@ def parser():
     g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="of train.py")
     g.add_argument("--steps", type=integer(1, 1000), help="sampling steps")
     g.add_argument("--sampler", choices=SAMPLERS, help="ancestral, DDIM or DPM-Solver++(2M)")
-    g.add_argument("--heredity", metavar="RULE", help="of validation and samplers (not set: as fits the training)")
     g = p.add_argument_group("scores")
     g.add_argument("--features", nargs="+", metavar="NAME", help="feature spaces of KID (default: inception, and dino "
                    "for GG)")

@@ -182,6 +182,8 @@ def measure(study, arm, seed, missing):
 def main():
     args = parser().parse_args()
     images = len(read_split(args.data, f"train_{args.fold}"))
+    if images < BATCH:
+        raise UserError(f"--data {args.data}: train_{args.fold} has {images} images, expected at least {BATCH}")
     options = Options(args.data, args.output, args.fold, images)
     arms = [arm for arm in ARMS if not args.only or any(word in f"{arm.name} {arm.steps}" for word in args.only)]
     if not arms:

@@ -35,7 +35,6 @@ from dataset.vae import cells_per_side, open_codec
 from diffusion.samplers import SAMPLERS
 from evaluation.features import open_features
 from generation import checkpoint as checkpoints
-from generation.guidance import default_heredity
 from generation.sampling import SamplingOptions, sample_images
 from metrics.kid import SUBSETS, kid
 
@@ -61,7 +60,6 @@ class Study:
         codec = open_codec(trained["vae"], trained["image_space"], self.device)
         model = checkpoints.build(checkpoint).to(self.device)
         cells = cells_per_side(trained["image_size"], codec)
-        heredity = default_heredity(trained.get("train_heredity"))
         if self.real is None:
             self.real = self.space(load_images(self.split.paths, trained["image_size"]))
         cost = operations(Case(trained["model"], cells, 8, self.device), "guided", "asynchronous") / 8
@@ -72,12 +70,12 @@ class Study:
                 if any(about.items() <= point.items() for point in self.points):
                     continue
                 started = time.perf_counter()
-                scores = self.score(model, codec, cells, sampler, steps, heredity)
+                scores = self.score(model, codec, cells, sampler, steps)
                 self.add({**about, **scores, "gflop_per_image": steps * cost / 1e9,
                           "seconds_per_image": (time.perf_counter() - started) / self.args.images})
 
-    def score(self, model, codec, cells, sampler, steps, heredity):
-        options = SamplingOptions(steps=steps, sampler=sampler, cfg_scale=self.args.cfg_scale, heredity=heredity,
+    def score(self, model, codec, cells, sampler, steps):
+        options = SamplingOptions(steps=steps, sampler=sampler, cfg_scale=self.args.cfg_scale,
                                   seed=self.args.global_seed)
         ids = range(len(self.labels))
         images = [made for _, made in sample_images(model, codec, self.labels, ids, cells, options, self.device)]

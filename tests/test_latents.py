@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import generators
+from safetensors.torch import save_file
 
 from core.errors import UserError
 from dataset import latents
@@ -57,12 +58,13 @@ def test_round_trip_over_two_shards(store, split):
 
 
 def test_what_is_finished_is_known_and_damage_is_not(store):
-    """Of five images the last three lie in a shard that was cut off: it is removed and done again."""
+    """Of five images the last three lie in a shard that was cut off."""
     folder = store[0] / "features_0"
     assert latents.finished(folder, 5).tolist() == [True] * 5
     (folder / "shard-00000002.safetensors").write_bytes(b"cut off")
     assert latents.finished(folder, 6).tolist() == [True] * 2 + [False] * 4
-    assert not (folder / "shard-00000002.safetensors").exists()
+    latents.remove_damaged(folder)
+    assert [path.name for path in folder.glob("shard-*")] == ["shard-00000000.safetensors"]
 
 
 def test_a_draw_is_a_mirror_by_coin_and_a_posterior_sample(store):
@@ -132,6 +134,17 @@ def test_a_damaged_file_is_named_in_one_line(store, name):
     with pytest.raises(UserError, match=f"{name}: damaged .*extract again") as error:
         latents.load(store[0], 0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("manifest, shard", [("{}", None), (None, {"other": torch.zeros(2)})])
+def test_a_foreign_file_is_no_traceback(store, manifest, shard):
+    folder = store[0] / "features_0"
+    if manifest:
+        (folder / "manifest.json").write_text(manifest)
+    else:
+        save_file(shard, folder / "shard-00000000.safetensors")
+    with pytest.raises(UserError, match=r"features_0: holds .* remove it and extract again"):
+        latents.load(store[0], 0)
 
 
 def test_a_missing_fold_names_those_that_are_there(store):

@@ -16,7 +16,7 @@ from dataset.latents import LatentCache
 from dataset.sets import LabelledImages
 from generation import validation as validation_module
 from generation.checkpoint import Checkpoint, load, save
-from generation.guidance import GuidedDenoiser, default_heredity, next_state, parse_heredity
+from generation.guidance import GuidedDenoiser, next_state, parse_heredity
 from generation.training import Statistics, Training, ema_decay, learning_rate, min_snr_weight, update_ema
 from metrics.kid import kid, polynomial_mmd
 from models import GeCA
@@ -332,10 +332,10 @@ def asked_for(monkeypatch, *flags):
     (("--num-sampling-steps", "1000"), "steps", 1000), (("--cfg-scale", "1"), "cfg_scale", 1),
     (("--heredity", "whole"), "heredity", "whole"),
     (("--sampler", "ddim"), "sampler", "ddim"), (("--shared-fire",), "shared_fire", True),
-    (("--train-heredity", "0.5"), "heredity", "published"), (("--heredity", "below:550"), "heredity", "below:550")])
+    (("--heredity", "none"), "heredity", "none"), (("--heredity", "below:550"), "heredity", "below:550")])
 def test_a_validation_option_changes_one_thing(monkeypatch, flags, name, value):
     ours, theirs = asked_for(monkeypatch), asked_for(monkeypatch, *flags)
-    assert ours["labels"] == "own" and ours["heredity"] == "none"
+    assert ours["labels"] == "own" and ours["heredity"] == "published"
     assert theirs == {**ours, name: value} != ours
 
 
@@ -406,7 +406,3 @@ def test_heredity_that_does_not_exist():
         with pytest.raises(UserError, match=f"--heredity {text}: expected"):
             parse_heredity(text)
     assert parse_heredity("below:0550") == "below:550"
-
-
-def test_the_default_heredity_fits_the_training():
-    assert [default_heredity(p) for p in (None, 0, 0.5)] == ["published", "none", "published"]
