@@ -39,13 +39,12 @@ from core import claims, runs
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import file_hash, make_folder
-from core.runtime import Interruption, start, stop
+from core.runtime import AGREE_EVERY, Interruption, start, stop
 from metrics.significance import PERMUTATIONS
 from presets import OPTIMISERS, PAPER_CLASSIFIER, presets_of
 
 NOT_SETTINGS = ("fold", "output", "synthetic", "baseline", "permutations", "data_path", "pretrained_file", "log_every",
                 "num_workers", "cache_gb", "mixed_precision")  # of these, a continued run may have others
-AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 
 
 def train(args, training, log, interruption):
@@ -204,7 +203,7 @@ def fold_number(text):
 def parse_args():
     """The flags, their defaults filled in. Raises UserError where they contradict each other."""
     args = parser().parse_args()
-    for name, value in OPTIMISERS[args.optimizer].items():
+    for name, value in OPTIMISERS[args.optimizer].items():  # not in a preset, which may be given another optimiser
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.pretrained_file and not args.pretrained:

@@ -40,7 +40,7 @@ PRESETS = {
         {"extract": PAPER_SPACE, "train": {"model": model, "validate_every": PAPER_VALIDATION_EPOCHS, **PAPER_SPACE,
                                            **PAPER_TRAINING, **PAPER_SAMPLING},
          "sample": PAPER_SAMPLING, "expand": {"expand_ratio": PAPER_EXPANSION},
-         "classify": {**PAPER_CLASSIFIER, **OPTIMISERS["sgd"]}})
+         "classify": PAPER_CLASSIFIER})
     for data, labels in PAPER_DATA.items() for model in PAPER_MODELS}
 
 PRESETS["paper"] = Preset("Tables 1 and 2 whole: all models and folds", f"{PAPER}; {FDDM}", {"table": {

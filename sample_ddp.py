@@ -45,6 +45,7 @@ def main():
     if (args.labels is None) == (args.data_path is None):
         raise UserError("expected either --data-path (its labels) or --labels (yours)")
     if args.labels:
+        args.expand_ratio = 1  # --count says how many, whatever a preset expands by
         sample(args, asked_labels, "asked", "asked", "labels-" + "_".join(map(slug, args.labels)))
     else:
         sample(args, training_labels, "gen_samples", f"train_syn_{args.fold}")

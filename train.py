@@ -25,7 +25,7 @@ from core import runs
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
 from core.files import make_folder
-from core.runtime import Interruption, start, stop
+from core.runtime import AGREE_EVERY, Interruption, start, stop
 from dataset import latents
 from dataset.root import fingerprint, read_split
 from dataset.vae import cells_per_side, open_codec, same_weights
@@ -43,7 +43,6 @@ from sample_ddp import add_heredity_flags
 
 NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
                 "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
-AGREE_EVERY = 5  # steps after which the processes ask each other whether to stop
 SAVE_MINUTES = 5  # last_ckpt.pt is written at least so often
 RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
             "validation_kid": "accumulated", "val_samples": 24, "num_sampling_steps": 1000, "cfg_scale": 1.0,
@@ -306,7 +305,7 @@ def parser():
     g.add_argument("--lr-schedule", choices=SCHEDULES, help="constant, or falling to 0 at the end "
                    "of --epochs or --max-minutes")
     g.add_argument("--warmup", type=integer(0), metavar="STEPS", help="steps over which it grows from 0")
-    g.add_argument("--adam-betas", type=number(0, 1), nargs=2, metavar=("B1", "B2"),
+    g.add_argument("--adam-betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"),
                    help="decay of AdamW's two moments")
     g.add_argument("--clip-norm", type=number(0), help="largest norm of the gradient; 0: as it is")
     g.add_argument("--grad-norm", action="store_true", help="divide each parameter's gradient by its norm")

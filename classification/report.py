@@ -180,7 +180,7 @@ def read_results(file):
     if not file.is_file():
         raise UserError(f"--baseline {file}: no such file; classify.py writes OUTPUT/results.json")
     results = read_json(file, REMAKE)
-    if not isinstance(results, dict) or results.get("kind") != KIND or results.get("format_version") != FORMAT:
+    if results.get("kind") != KIND or results.get("format_version") != FORMAT:
         raise UserError(f"--baseline {file}: not a results.json of classify.py of this version")
     return results
 

@@ -40,7 +40,7 @@ def differences(stored, wanted, defaults=None, renamed=None):
     """
     for old, (name, values) in (renamed or {}).items():
         if old in stored:
-            stored = {name: values.get(stored[old], stored[old]), **{k: v for k, v in stored.items() if k != old}}
+            stored = {**{k: v for k, v in stored.items() if k != old}, name: values.get(stored[old], stored[old])}
     wanted, defaults = _as_json(wanted), _as_json(defaults or {})
     stored = {name: stored.get(name, defaults.get(name)) for name in wanted} | stored
     return {name: (value, wanted.get(name)) for name, value in stored.items() if value != wanted.get(name)}

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from core.errors import UserError
 
+AGREE_EVERY = 5  # steps after which the processes of a training ask each other whether to stop
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 

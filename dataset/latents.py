@@ -148,7 +148,8 @@ def load(features_path, fold):
         return _load_published(path, Path(features_path) / f"labels_{fold}")
     shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
                     key=lambda s: int(s.get("first", 0)))
-    n = len(manifest.get("filenames", ()))
+    names = manifest.get("filenames")
+    n = len(names) if isinstance(names, list) else 0
     if not shards or not all({"first", "mean", "labels"} <= s.keys() for s in shards):
         raise UserError(f"{path}: holds no whole shard, its manifest says {n} latents; remove it and extract again")
     counts = [len(s["mean"]) for s in shards]

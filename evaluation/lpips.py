@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.assets import ASSETS, existing, first_line, weights_file
+from core.assets import ASSETS, existing, first_line, weights_file, weights_hash
 from core.errors import UserError
 from dataset.images import load_images
-from dataset.vae import to_model_range, weights_hash
+from dataset.vae import to_model_range
 from metrics.lpips import Spread, consecutive_pairs, draw_pairs, spread
 
 FLAG, INSTEAD = "--lpips alex", ", or leave LPIPS out: --lpips none"

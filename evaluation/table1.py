@@ -6,7 +6,8 @@ from evaluation.results import agree, agree_in_folds, agree_per_fold, listed
 from evaluation.tables import Cell, Table, in_order, mark_best, over
 
 SCORES = ("KID ↓", "LPIPS ↑", "GG")
-USUAL = {"weights": "ema", "heredity": "published"}  # what is not said of how images were sampled
+# What is not said of how images were sampled.
+USUAL = {"weights": "ema", "heredity": "published", "eta": 0.0, "cfg_interval": None, "shared_fire": False}
 
 
 def table_1(results):

@@ -16,7 +16,9 @@ from core.errors import UserError
 from core.random import on_device, per_image
 
 HEREDITY = ("published", "none", "whole")  # and below:T
-RENAMED = {"unguided_state": ("heredity", {"hidden": "published", "whole": "whole"})}  # what older settings call it
+# What older settings call it; where it was left open (None), validation samples were not part of what is trained.
+RENAMED = {"unguided_state": ("heredity", {"hidden": "published", "whole": "whole"}),
+           "heredity": ("heredity", {None: "published"})}
 
 
 def inherits(heredity, t):

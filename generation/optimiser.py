@@ -3,6 +3,8 @@
 import torch
 from timm.optim.muon import Muon
 
+from models import LABEL_TABLE
+
 OPTIMISERS = ("adamw", "muon")
 MOMENTUM = 0.95  # of Muon, as in its authors' runs
 
@@ -18,7 +20,7 @@ def make_optimiser(net, name, lr, betas):
     if name == "adamw":
         return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0)
     parameters = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
-    edges = (*net.edges, "y_embedder.embedding_table.0")
+    edges = (*net.edges, LABEL_TABLE)
     matrices = [p for key, p in parameters if p.ndim > 1 and not key.startswith(edges)]
     others = [p for key, p in parameters if p.ndim == 1 or key.startswith(edges)]
     return Muon([{"params": matrices}, {"params": others, "use_fallback": True}], lr=lr, betas=betas, weight_decay=0,

@@ -51,7 +51,9 @@ def about(checkpoint, kind, model, options):
     return {"model": trained["model"], "parameters": sum(p.numel() for p in model.parameters()),
             "trained_on_fold": trained.get("fold"), "training_images": checkpoint.training_images,
             "run": checkpoint.run, "step": checkpoint.step, "weights": kind, "sampler": options.sampler,
-            "steps": options.steps, "cfg_scale": options.cfg_scale, "heredity": options.heredity, "seed": options.seed}
+            "steps": options.steps, "cfg_scale": options.cfg_scale, "heredity": options.heredity,
+            "eta": options.eta, "cfg_interval": options.cfg_interval and list(options.cfg_interval),
+            "shared_fire": options.shared_fire, "precision": options.precision, "seed": options.seed}
 
 
 def claim(folder, settings, label_file, labels, process):

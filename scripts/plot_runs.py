@@ -3,7 +3,6 @@
     python scripts/plot_runs.py results/000-GeCA-XS-0 --output curves.png
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from core.cli import Parser, run
 from core.errors import UserError
+from core.files import read_jsonl
 
 
 def read(folder):
@@ -25,8 +25,7 @@ def read(folder):
     if not file.is_file():
         raise UserError(f"{folder}: no metrics.jsonl; give a run folder of train.py")
     curves = {}
-    for line in file.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_jsonl(file, "remove the run"):
         for name in record.keys() - {"step"}:
             curves.setdefault(name, []).append((record["step"], record[name]))
     return curves

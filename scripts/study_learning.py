@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from core.cli import Parser, integer, run  # noqa: E402
 from core.errors import UserError  # noqa: E402
-from core.files import make_folder  # noqa: E402
+from core.files import make_folder, read_jsonl  # noqa: E402
 from core.random import generator  # noqa: E402
 from dataset.images import load_images  # noqa: E402
 from dataset.root import read_split  # noqa: E402
@@ -168,7 +168,7 @@ def measure(study, arm, seed, missing):
     file = checkpoint_of(arm, seed, study.options)
     model = checkpoints.build(checkpoints.load(file))
     error, bins = study.held_out_error(model)
-    logged = [json.loads(line) for line in (file.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    logged = read_jsonl(file.parents[1] / "metrics.jsonl", "remove the run")
     losses = [row["loss"] for row in logged if "loss" in row]
     speed = [row["steps_per_second"] for row in logged if "steps_per_second" in row]
     for way, sampling_seed in missing:
@@ -216,7 +216,7 @@ def call(command):
 
 
 def read_rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return read_jsonl(file, "remove it and measure again") if file.is_file() else []
 
 
 def append_row(file, row):

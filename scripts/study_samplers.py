@@ -27,7 +27,7 @@ from benchmarks.bench import Case, operations
 from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import write_atomically, write_text
+from core.files import read_jsonl, write_atomically, write_text
 from core.random import generator
 from dataset.images import load_images
 from dataset.root import read_split
@@ -101,8 +101,8 @@ class Study:
 
 
 def read_points(folders):
-    lines = [line for folder in folders for line in (Path(folder) / "points.jsonl").read_text().splitlines()]
-    return list({json.dumps(point): point for point in map(json.loads, lines)}.values())
+    points = [point for folder in folders for point in read_jsonl(Path(folder) / "points.jsonl", "remove it")]
+    return list({json.dumps(point): point for point in points}.values())
 
 
 def row(point):

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from core.errors import UserError
+from core.files import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def rate_of(folder):
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     if not metrics.is_file() or not log.is_file():
         return None
-    rates = [json.loads(line).get("images_per_second") for line in metrics.read_text().splitlines()]
+    rates = [row.get("images_per_second") for row in read_jsonl(metrics, f"remove {folder}")]
     rates = [rate for rate in rates if rate]
     started = re.findall(r"(\d+) process\(es\) on (\w+)", log.read_text())
     if not rates or not started:

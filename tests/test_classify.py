@@ -272,7 +272,8 @@ def test_synchronised_batch_norm_has_the_same_weights_and_activations():
 
 def shared_patient(place, data):
     rows, others = ((data / f"{name}.csv").read_text().splitlines() for name in ("test", "train_0"))
-    rows[1] = ",".join([*rows[1].split(",")[:-1], others[1].split(",")[-1]])
+    assert rows[0].endswith(",patient_name,eye")
+    rows[1] = ",".join([*rows[1].split(",")[:-2], *others[1].split(",")[-2:]])
     (data / "test.csv").write_text("\n".join(rows))
 
 

@@ -107,12 +107,6 @@ def test_damaged_images_are_named(root):
     check_images([root / "images" / "0.png"])
 
 
-def test_sixteen_bits_are_refused_not_clipped(root):
-    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(root / "deep.png")
-    with pytest.raises(UserError, match=r"deep.png: .*expected 8 bits"):
-        load_image(root / "deep.png")
-
-
 # ---- splits
 
 def test_split_round_trip(root):

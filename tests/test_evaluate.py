@@ -354,8 +354,8 @@ def many_images(copy):
     save_generated(copy / "good", draw(84, 1))
 
 
-def sixteen_bits(copy):
-    Image.fromarray(np.full((SIZE, SIZE), 40000, np.uint16)).save(copy / "good" / "gen_samples_val" / "000004.png")
+def floating_point(copy):
+    Image.fromarray(np.full((SIZE, SIZE), 0.5, np.float32)).save(copy / "good" / "gen_samples_val" / "000004.png", "TIFF")
 
 
 def absent(copy):
@@ -401,7 +401,7 @@ def nothing(copy):
     (few_images, [], ["subsets of 1", "7 generated", "generate 8"]),
     (many_images, [], ["subsets of 21", "20 real", "--subset-size 20"]),
     (no_scale, [], ["feature_scale", "python -m evaluation.features --fit"]),
-    (sixteen_bits, [], ["000004.png", "expected 8 bits"]),
+    (floating_point, [], ["000004.png", "expected 8 or 16 bits"]),
     (absent, [], ["val_syn_0.csv", "1 missing file", "000009.png"]),
     (empty, [], ["--gen", "no image in it"]),
     (damaged_settings, [], ["settings.json", "damaged"]),

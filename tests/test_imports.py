@@ -45,7 +45,7 @@ def upward(files, rooms):
         allowed = rooms.get(room)
         if allowed is None:
             continue  # a script: the top of the house
-        scripts = {p.stem for p in ROOT.glob("*.py")} - set(rooms)
+        scripts = {p.stem for p in ROOT.glob("*.py")} - set(rooms) | {"scripts", "benchmarks", "tests"}
         found += [(str(path.relative_to(ROOT)), name) for name in imported(path)
                   if room_of(name) != room and room_of(name) in {*rooms, *scripts} - allowed]
     return found

@@ -204,8 +204,8 @@ def test_an_interrupted_training_is_saved_and_continued(store, trained, tiny_vae
 def test_patients_on_both_sides_are_named(store, tiny_vae):
     shutil.copytree(store / "data", store / "leaky")
     val, train_0 = ((store / "leaky" / f"{name}_0.csv").read_text().splitlines() for name in ("val", "train"))
-    patient = train_0[1].rpartition(",")[2]
-    val[1] = f"{val[1].rpartition(',')[0]},{patient}"
+    *_, patient, eye = train_0[1].split(",")
+    val[1] = ",".join([*val[1].split(",")[:-2], patient, eye])
     (store / "leaky" / "val_0.csv").write_text("\n".join(val))
     out = succeeded(train(store, tiny_vae, "leaks", "--epochs", 1, data="leaky"))
     assert f"warning: 1 patient(s) train and validate, {patient} the first" in out

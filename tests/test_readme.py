@@ -112,6 +112,13 @@ def test_no_page_is_unfinished():
     assert not [(p.name, word) for p in PAGES for word in re.findall(r"@[A-Z]+@|TODO|FIXME", p.read_text())]
 
 
+def test_links_lead_somewhere():
+    """Links and pictures within the repository."""
+    broken = [(page.name, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+              if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help(script):
     actions = parse(script, None)[0]._actions
