@@ -355,7 +355,8 @@ def many_images(copy):
 
 
 def floating_point(copy):
-    Image.fromarray(np.full((SIZE, SIZE), 0.5, np.float32)).save(copy / "good" / "gen_samples_val" / "000004.png", "TIFF")
+    Image.fromarray(np.full((SIZE, SIZE), 0.5, np.float32)).save(copy / "good" / "gen_samples_val" / "000004.png",
+                                                                    "TIFF")
 
 
 def absent(copy):
