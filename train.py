@@ -296,7 +296,7 @@ def parser():
     g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
     g.add_argument("--multi-scale", action="store_true", help="noisy steps on coarser grids (needs a multiple of 4)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=integer(1), help="passes over the training images")
+    g.add_argument("--epochs", type=integer(1), help="epochs: each shows every training image once")
     g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes of "
                    "training, those before a resumption included; 0 is never")
     g.add_argument("--global-batch-size", type=integer(1), help="images per step over all processes")

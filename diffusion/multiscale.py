@@ -18,7 +18,7 @@ def shrink(x, t):
 def enlarge(x, states, t, side):
     """x (N, C, h, w) and states upsampled bilinearly to the grid of step t; `side` at t = 0.
 
-    states: None, or those of the guidance halves, each (N, S, h, w) or None.
+    states: None, or those of the conditional and the unconditional copy, each (N, S, h, w) or None.
     """
     wanted = side // reduction(t)
     if x.shape[-1] == wanted:

@@ -60,7 +60,7 @@ def rate(lr, schedule="linear", optimizer="adamw"):
 
 MODELS = ("GeCA-XS", "DiT-S", "LDM-B")
 RATES = {"adamw": ("3e-4", "1e-3", "2e-3", "4e-3"), "muon": ("1e-3", "2e-3", "4e-3", "8e-3")}
-ADAMW = {"GeCA-XS": "2e-3", "DiT-S": "1e-3", "LDM-B": "1e-3"}  # each model's best rate of part 1, by held-out error
+ADAMW = {"GeCA-XS": "2e-3", "DiT-S": "1e-3", "LDM-B": "1e-3"}  # best learning rates of part 1, by held-out error
 MUON = {"GeCA-XS": "4e-3", "DiT-S": "4e-3", "LDM-B": "2e-3"}
 
 
