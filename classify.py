@@ -9,8 +9,8 @@ generated images once, as in the paper: with five times as many generated images
 `--steps-per-epoch N`, the same N for all rows, can tell whether a gain comes from the images or from the updates; it
 also gives all rows the same schedule. The network is chosen by the mAP of the validation images; the images of test.csv
 are opened once for each fold, at the end.
-Several processes train as one does: batch norm uses the whole batch. That needs GPUs; on a CPU, train a backbone with
-batch norm in one process.
+Several processes train as one does: what is dropped of an image depends on its place in the batch, and batch norm uses
+the whole batch. That needs GPUs; on a CPU, train a backbone with batch norm in one process.
 Writes OUTPUT/results.json (see classification/report.py), predictions_{fold}.npz and, for each fold,
 fold-{fold}/: log.txt, metrics.jsonl, TensorBoard events, checkpoints/best_ckpt.pt and last_ckpt.pt. The same command
 continues a stopped run; folds that are finished stay, and further folds add to them.
@@ -26,20 +26,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from classification import network as classifiers
 from classification import report as reports
 from classification.batches import AUGMENTATIONS, ImageStore
 from classification.data import folds_of, read_fold
-from classification.output import find_output, settings_of_fold
+from classification.output import claim_output, find_output, settings_of_fold
 from classification.synthetic import default_method
 from classification.training import MIN_LR, MOMENTUM, Recipe, Training
 from core import claims, runs
-from core.cli import Parser, integer, number, run
+from core.cli import Parser, integer, line, number, run
 from core.errors import UserError
-from core.files import file_hash, make_folder
-from core.runtime import AGREE_EVERY, Interruption, start, stop
+from core.files import file_hash
+from core.progress import progress_bar
+from core.runtime import AGREE_EVERY, Interruption, by_first, start, stop
+from dataset import outside
 from metrics.significance import PERMUTATIONS
 from presets import OPTIMISERS, PAPER_CLASSIFIER, presets_of
 
@@ -50,9 +51,9 @@ NOT_SETTINGS = ("fold", "output", "synthetic", "baseline", "permutations", "data
 def train(args, training, log, interruption):
     """Train until --epochs, the smallest learning rate or an interruption -> whether it was interrupted."""
     accelerator, number, checkpoints = training.accelerator, training.fold.number, log.folder / "checkpoints"
-    bar = tqdm(initial=training.step, total=training.last_step, unit="step", mininterval=5, desc=f"fold {number}",
-               disable=not log.active)
-    losses, window, stopped = [], time.time(), False
+    bar = progress_bar(initial=training.step, total=training.last_step, unit="steps", title=f"fold {number}",
+                       active=log.active)
+    losses, window, stopped = [], time.monotonic(), False
     with bar, closing(training.batches()) as batches:
         while not training.finished and not stopped:
             losses.append(training.train_step(*next(batches)))
@@ -62,9 +63,10 @@ def train(args, training, log, interruption):
                 loss = accelerator.reduce(torch.stack(losses).mean(), "sum").item()
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} at step {training.step}; lower --lr or use bf16 for fp16")
-                throughput = len(losses) * training.batch / (time.time() - window)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                throughput = len(losses) * training.batch / (time.monotonic() - window)
                 log.metrics(training.step, loss=loss, images_per_second=throughput, lr=training.lr)
-                losses, window = [], time.time()
+                losses, window = [], time.monotonic()
             if end_of_epoch:
                 value, best = training.validate()
                 log.text(f"fold {number}, epoch {training.epoch}: loss {loss:.4f}, validation mAP {100 * value:.2f}"
@@ -76,7 +78,7 @@ def train(args, training, log, interruption):
                 stopped = asked_to_stop(accelerator, interruption) and not training.finished
             if end_of_epoch or stopped:
                 training.save(checkpoints / "last_ckpt.pt", args.method, training=training.state())
-                window = time.time()  # throughput is that of training alone
+                window = time.monotonic()  # throughput is that of training alone
     if stopped:
         log.text(f"stopped at step {training.step}; the same command continues")
     return stopped
@@ -84,7 +86,7 @@ def train(args, training, log, interruption):
 
 def asked_to_stop(accelerator, interruption):
     """Whether any of the processes was asked to stop: then all do."""
-    asked = torch.tensor(float(interruption.asked), device=accelerator.device)
+    asked = torch.tensor(float(interruption.asked is not None), device=accelerator.device)
     return accelerator.reduce(asked, "sum").item() > 0
 
 
@@ -93,12 +95,12 @@ def run_fold(args, fold, settings, interruption):
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     folder = reports.fold_folder(args.output, fold.number)
     training = Training(recipe_of(args), accelerator, fold)
+    by_first(accelerator, lambda: hold_fold(folder, settings))
     last = folder / "checkpoints" / "last_ckpt.pt"
     exists = last.is_file()
     if exists:
         training.restore(last)
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
-    log = runs.RunLog(folder, settings, accelerator.is_main_process, training.step)
+    log = runs.RunLog(folder, accelerator.is_main_process, training.step)
     log.text(f"{args.method}, fold {fold.number}: {args.backbone}, {args.image_size} pixels, {fold.real} real and "
              f"{len(fold.training) - fold.real} synthetic images, {training.steps_per_epoch} steps of {training.batch} "
              f"per epoch, {accelerator.num_processes} process(es) on {accelerator.device}, mixed precision "
@@ -113,6 +115,12 @@ def run_fold(args, fold, settings, interruption):
         test(args, training, log)
     log.close()
     return stopped
+
+
+def hold_fold(folder, settings):
+    """From now on the folder of a fold is this job's; the folds of an output may be trained by several jobs."""
+    runs.hold(folder)
+    claims.write_settings(folder, settings)
 
 
 def test(args, training, log):
@@ -134,12 +142,13 @@ def test(args, training, log):
 def main():
     args = parse_args()
     folds = [read_fold(args.data_path, number, labels=args.labels, synthetic=args.synthetic, seed=args.global_seed,
-                       real_to_synthetic=args.real_to_synthetic, allow_leaks=args.allow_leaks)
+                       synthetic_ratio=args.synthetic_ratio, allow_leaks=args.allow_leaks)
              for number in folds_of(args.data_path, args.fold)]
     args.method = args.method or default_method(folds[0].synthetic, args.augment)
     settings = settings_of(args, folds[0])
-    args.output, note = find_output(args.output, args.method, settings, folds, parser().defaults())
-    done = reports.finished(args.output)
+    defaults = parser().defaults()
+    folder, note = find_output(args.output, args.method, settings, folds, defaults)
+    done = reports.finished(folder)
     if args.baseline:
         reports.check_comparable(args.baseline, settings, {*done, *(fold.number for fold in folds)})
     process = start()
@@ -148,15 +157,12 @@ def main():
     left = [fold for fold in folds if fold.number not in done]
     if left:
         check_start(args, left, process)
-    make_folder(args.output, "--output")  # if it cannot be, better now than later
-    process.wait_for_everyone()  # every process has looked before the first one writes
-    if process.is_main_process:
-        claims.write_settings(args.output, settings)
+    args.output = by_first(process, lambda: claim_output(args.output, args.method, settings, defaults))
     with Interruption() as interruption:
         stopped = any(run_fold(args, fold, settings_of_fold(settings, fold), interruption) for fold in left)
     if stopped:
         stop()
-        sys.exit(130)
+        sys.exit(interruption.exit_code)
     if process.is_main_process:
         rows = reports.write(args.output, args.method, args.data_path.resolve().name, settings, baseline=args.baseline,
                              permutations=args.permutations, seed=args.global_seed)
@@ -208,28 +214,30 @@ def parse_args():
             setattr(args, name, value)
     if args.pretrained_file and not args.pretrained:
         raise UserError("--pretrained-file: contradicts --no-pretrained; leave one of them out")
-    if args.real_to_synthetic is not None and not args.synthetic:
-        raise UserError("--real-to-synthetic: needs --synthetic; leave it out")
+    if args.synthetic_ratio is not None and not args.synthetic:
+        raise UserError("--synthetic-ratio: needs --synthetic; leave it out")
     return args
 
 
 def parser():
     p = Parser(__doc__, presets=presets_of("classify"))
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
+    outside.add_flag(p)
     p.add_argument("--fold", type=fold_number, default="all", metavar="K", help="a fold's number, or all")
     p.add_argument("--synthetic", type=Path, nargs="+", default=[], metavar="DIR", help="sample folders of "
                    "sample_ddp.py to train with, or folders that hold one for each fold")
     p.add_argument("--output", type=Path, metavar="DIR", help="for results (default: the next "
                    "results_classify/NNN-METHOD, or that with the same settings)")
-    p.add_argument("--method", help="name of the row (default: the generator's model, or baseline)")
+    p.add_argument("--method", type=line, help="name of the row (default: the generator's model, or baseline)")
     p.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json, or its folder, of a run on the same "
                    "folds to test the difference against")
     p.add_argument("--permutations", type=integer(99), default=PERMUTATIONS, help="of that test; **** after Holm's "
                    "correction for four methods needs 40000")
     g = p.add_argument_group("data")
     g.add_argument("--labels", nargs="+", metavar="NAME", help="labels to learn (default: all)")
-    g.add_argument("--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images per real one, at "
-                   "most, over all --synthetic (default: all that there are)")
+    g.add_argument("--synthetic-ratio", "--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images "
+                   "per real one, at most, over all --synthetic (default: all that there are); the second is the older "
+                   "spelling")
     g.add_argument("--augment", choices=AUGMENTATIONS,
                    help="random rotation, crop, mirror, brightness and contrast, or nothing")
     g.add_argument("--allow-leaks", action="store_true", help="go on, with a warning that stays in the results, where "

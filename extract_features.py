@@ -10,23 +10,24 @@ where it was.
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from core import runtime
+from core import claims, locks, runtime
 from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import read_json, write_json
-from dataset import latents
+from core.files import make_folder, remove_leftovers
+from core.progress import progress_bar
+from core.runtime import Interruption, by_first
+from dataset import latents, outside
 from dataset.images import check_images, load_images
 from dataset.root import read_split
 from dataset.vae import cells_per_side, open_codec
 from presets import PAPER_SPACE, PAPER_TRAINING, presets_of
 
-CLAIM = "extracting.json"  # in an unfinished folder: what it will hold
 
 def main():
     args = parser().parse_args()
@@ -39,47 +40,64 @@ def main():
     cells_per_side(args.image_size, codec)
     target = latents.folder(args.features_path, args.fold)
     manifest = latents.manifest_of(split, codec, args.image_size)
-    stored = latents.read_manifest(target)
-    if stored is not None and not latents.differences(stored, manifest):
+    if complete(target, manifest, args):
         return say(process, f"{target}: complete already, {len(split)} images")
-    if target.exists():
-        wrong = f"its {latents.differences(stored, manifest)[0]} differs" if stored else "it has no manifest.json"
-        raise UserError(f"{target}: holds other features ({wrong}); remove it or give another path")
 
     temporary = target.with_name(f".{target.name}.tmp")
-    missing = np.arange(len(split))
-    if begun(temporary, manifest):
-        missing = np.flatnonzero(~latents.finished(temporary, len(split)))
+    missing = still_missing(temporary, manifest)
+    if len(missing) < len(split):
         say(process, f"{target}: continuing, {len(split) - len(missing)} of {len(split)} images are there")
     mine = missing[slice(*share(len(missing), process.process_index, process.num_processes))]
     check_images([split.paths[i] for i in mine], args.num_workers)
     process.wait_for_everyone()  # every process has looked before one of them writes
-    if process.is_main_process:
-        claim(temporary, manifest)
-        latents.remove_damaged(temporary)
-    process.wait_for_everyone()
-    encode(args, split, codec, mine, temporary, process)
+    by_first(process, lambda: begin(temporary, manifest))
+    with Interruption() as interruption:
+        encode(args, split, codec, mine, temporary, process, interruption)
     process.wait_for_everyone()
     if process.is_main_process:
         latents.write_manifest(temporary, manifest)
-        (temporary / CLAIM).unlink()
+        (temporary / claims.FILE).unlink()
         os.replace(temporary, target)
     process.wait_for_everyone()
     say(process, f"{target}: {len(split)} images and their mirror images, VAE {codec.identity}")
 
 
+def complete(target, manifest, args):
+    """Whether these very latents are there, whole. Raises UserError for others, and for damaged ones."""
+    stored = latents.read_manifest(target)
+    if stored is not None and not latents.differences(stored, manifest):
+        latents.load(args.features_path, args.fold)
+        return True
+    if target.exists():
+        wrong = f"its {latents.differences(stored, manifest)[0]} differs" if stored else "it has no manifest.json"
+        raise UserError(f"{target}: holds other features ({wrong}); remove it or give another path")
+    return False
+
+
+def still_missing(folder, manifest):
+    """(m,) the images that an extraction that stopped has left to do: all of them where there is none, or another."""
+    done = np.zeros(len(manifest["filenames"]), bool)
+    if begun(folder, manifest):
+        done = latents.finished(folder, len(done))
+    return np.flatnonzero(~done)
+
+
 def begun(folder, manifest):
-    """Whether this very extraction has begun in a folder; that of other images or another VAE does not count."""
-    file = folder / CLAIM
-    return file.is_file() and read_json(file, f"remove {folder}") == manifest
+    """Whether this very extraction has begun in a folder; that of other images or with another VAE does not count."""
+    stored = claims.read_settings(folder)
+    return stored is not None and not latents.differences(stored, manifest)
 
 
-def claim(folder, manifest):
-    """A folder for this extraction; what another one left there goes."""
+def begin(folder, manifest):
+    """A folder for this extraction, no other job's from now on; what another one left there goes."""
+    make_folder(folder.parent, "--features-path")
+    locks.hold(folder.with_suffix(".lock"))  # beside the folder, which gets another name at the end
     if not begun(folder, manifest):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / CLAIM, manifest)
+        folder.mkdir()
+        claims.write_settings(folder, manifest)
+    remove_leftovers(folder)
+    latents.remove_damaged(folder)
 
 
 def share(n, rank, processes):
@@ -87,10 +105,13 @@ def share(n, rank, processes):
     return n * rank // processes, n * (rank + 1) // processes
 
 
-def encode(args, split, codec, ids, folder, process):
-    """Encode the images `ids` (n,), ascending, in batches; write a shard whenever one is full."""
+def encode(args, split, codec, ids, folder, process, interruption):
+    """Encode the images `ids` (n,), ascending, in batches; write a shard whenever one is full, or when asked to stop.
+
+    Then this process ends.
+    """
     batch = args.global_batch_size // process.num_processes
-    with tqdm(total=len(ids), desc="encoding", unit="image", disable=not process.is_main_process) as bar:
+    with progress_bar(total=len(ids), unit="images", title="encoding", active=process.is_main_process) as bar:
         for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):  # images that follow each other
             for first in range(0, len(run), latents.SHARD):
                 shard = run[first:first + latents.SHARD]
@@ -98,16 +119,27 @@ def encode(args, split, codec, ids, folder, process):
                 for start in range(0, len(shard), batch):
                     parts.append(moments(codec, split, shard[start:start + batch], args))
                     bar.update(len(parts[-1][0]))
+                    if interruption.asked:
+                        break
                 if parts:
                     mean, std = map(torch.cat, zip(*parts, strict=True))
-                    latents.write_shard(folder, int(shard[0]), mean, std, torch.tensor(split.labels[shard]))
+                    labels = torch.tensor(split.labels[shard[:len(mean)]])
+                    latents.write_shard(folder, int(shard[0]), mean, std, labels)
+                if interruption.asked:
+                    print("stopped; the same command continues")
+                    sys.exit(interruption.exit_code)
 
 
 def moments(codec, split, ids, args):
     """Mean and std of the latents of images `ids` and of their mirror images: (n, 2, C, h, w) each."""
     images = torch.as_tensor(load_images([split.paths[i] for i in ids], args.image_size, args.num_workers))
     both = [codec.moments(variant) for variant in (images, images.flip(2))]  # (n, H, W, 3): flip W
-    return tuple(torch.stack(values, 1).cpu() for values in zip(*both, strict=True))
+    mean, std = (torch.stack(values, 1).cpu() for values in zip(*both, strict=True))
+    wrong = ~(mean.isfinite() & std.isfinite()).flatten(1).all(1)
+    if wrong.any():
+        raise UserError(f"{split.paths[ids[int(wrong.nonzero()[0])]]}: its latents are not finite; check the weights "
+                        "of --vae")
+    return mean, std
 
 
 def say(process, text):
@@ -118,6 +150,7 @@ def say(process, text):
 def parser():
     p = Parser(__doc__, presets=presets_of("extract"))
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="prepared data root")
+    outside.add_flag(p)
     p.add_argument("--features-path", type=Path, required=True, metavar="DIR", help="where the cache goes")
     p.add_argument("--fold", type=integer(0), default=0, help="encode train_{fold}.csv")
     p.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")

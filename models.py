@@ -65,8 +65,9 @@ class GeCA(LocalRule):
     any_grid = True  # one rule for every cell: the same weights work on any H × W
     edges = ("cell_to_embedding", "final_layer.linear")  # first and last layer
 
-    def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, mlp_width, hidden, steps=12):
-        super().__init__(in_channels, 2 * in_channels + hidden, width, mlp_width)
+    def __init__(self, input_size=32, num_classes=11, in_channels=4, *, width, mlp_width, hidden, steps=12,
+                 position_code="published"):
+        super().__init__(in_channels, 2 * in_channels + hidden, width, mlp_width, position_code)
         self.input_size, self.num_classes = input_size, num_classes
         self.out_channels, self.hidden, self.steps = 2 * in_channels, hidden, steps
         self.engine = "auto"  # of automaton/engines.py
@@ -94,12 +95,15 @@ class GeCA(LocalRule):
         if state is None:
             seed = on_device(self.draw_seed(n, generator), x.device).to(x.dtype)  # (N, 2C)
             state = self.initial_state(n, h, w, seed)  # (N, S, H, W), S = 2C + hidden
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         fire = self.draw_fire(n, h * w, generator)  # (steps, N, H·W)
         if x.is_cuda:
             fire = fire.pin_memory()  # then the host need not wait while it is copied to the GPU
-        state = grow(self, x, state, c, fire, self.engine)  # (N, S, H, W)
+        state = grow(self, x, state, self.condition(t, y), fire, self.engine)  # (N, S, H, W)
         return state[:, : self.out_channels], state
+
+    def condition(self, t, y):
+        """t (N,), y (N, K) -> (N, D), the same at all steps of a call."""
+        return self.t_embedder(t) + self.y_embedder(y)
 
     def draw_seed(self, n, generator):
         """Output channels of the centre cell, N(0, 1): (n, 2C)."""
@@ -326,13 +330,16 @@ def zero(*linears):
 
 @dataclass(frozen=True)
 class Spec:
-    """A row of MODELS: called with `input_size`, `num_classes` and `in_channels`, it builds the model."""
+    """A row of MODELS: called with `input_size`, `num_classes` and `in_channels`, it builds the model.
+
+    GeCA also takes a `position_code` (automaton/rule.py).
+    """
 
     kind: type  # the class
     sizes: dict  # what distinguishes this model from others of its class
 
-    def __call__(self, input_size=32, num_classes=11, in_channels=4):
-        return self.kind(input_size, num_classes, in_channels, **self.sizes)
+    def __call__(self, input_size=32, num_classes=11, in_channels=4, **more):
+        return self.kind(input_size, num_classes, in_channels, **self.sizes, **more)
 
     @property
     def any_grid(self):

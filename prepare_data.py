@@ -19,13 +19,13 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from core import runtime
+from core.claims import built_whole
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import built_whole
-from dataset import audit, report
+from core.progress import progress_bar
+from dataset import audit, outside, report
 from dataset.patients import conflicts, join_identical
 from dataset.root import write_split
 from dataset.splits import deal, keep_published
@@ -87,7 +87,7 @@ def prepare(args):
     """Read the source, store its images, split them, report."""
     collection = SOURCES[args.source].read(args)
     options = StoreOptions(args.store == "copy", args.resize, args.median, args.clahe, args.workers)
-    with built_whole(args.output) as root:
+    with built_whole(args.output, settings_of(args)) as root:
         stored = store(collection, root, options, lambda images: bar(images, args.source, collection.count))
         stored, remarks = settle_conflicts(stored, args.on_conflict, root)
         groups, joined = groups_of(stored, args.join_identical)
@@ -104,8 +104,15 @@ def prepare(args):
           "report.txt, report.json, report.png")
 
 
+def settings_of(args):
+    """What the images of an unfinished root depend on, for the same command to go on with them."""
+    ways = ("output", "workers", "check", "folds", "test_fraction", "resplit", "on_conflict", "join_identical")
+    return {key: value if isinstance(value, (int, float, str, list)) else str(value)
+            for key, value in sorted(vars(args).items()) if key not in ways}
+
+
 def bar(images, title, count):
-    return tqdm(images, title, count, unit="image", disable=None)
+    return progress_bar(images, total=count, unit="images", title=title)
 
 
 def settle_conflicts(stored, choice, root):
@@ -160,6 +167,7 @@ def parser():
     p.add_argument("--source", choices=SOURCES, help="where the images come from")
     p.add_argument("--output", metavar="ROOT", help="the data root to make")
     p.add_argument("--check", metavar="ROOT", help="instead of making one: look for what is wrong with a data root")
+    outside.add_flag(p)
     g = p.add_argument_group("of single sources")
     g.add_argument("--input", metavar="DIR", help="folder (or .npz) of the collection; all but phantom")
     g.add_argument("--modality", choices=("oct", "fundus"), help="topcon-mm, oct-and-eye-fundus: the images")

@@ -5,13 +5,14 @@
 #   ./quickstart.sh                 on retinal OCT phantoms, which it draws itself
 #   ./quickstart.sh --data ROOT     on a data root made with prepare_data.py
 #
-# prepare data -> extract latents -> train (from the bundled GeCA-XS) -> sample -> score -> a report to look at.
+# prepare data -> extract latents -> train (from the bundled GeCA-XS that is nearest to the images: phantoms, OCT or
+# fundus) -> sample -> score -> a report to look at. The labels may be any; fold 0 needs two validation images or more.
 # Options: --minutes N (training time, default 3), --output DIR (default runs/quickstart[-ROOT]). The same command
 # continues a run that was stopped.
 set -euo pipefail
 FROM=$PWD
 cd "$(dirname "$0")"
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
 DATA="" MINUTES=3 OUTPUT=""
 while [ $# -gt 0 ]; do
     case "$1" in --help|-h) usage; exit 0 ;; esac
@@ -37,16 +38,18 @@ step() { printf '\n== %s\n' "$1"; }
 if [ -z "$DATA" ]; then
     DATA=$OUTPUT/data
     step "1 data: drawing retinal OCT phantoms with known pathology"
-    [ -f "$DATA/test.csv" ] || python prepare_data.py --source phantom --count 600 --output "$DATA"
+    [ -f "$DATA/test.csv" ] || python prepare_data.py --source phantom --count 600 --global-seed 1 --output "$DATA"
 else
     step "1 data: $DATA"
 fi
 step "2 latents: the bundled autoencoder encodes the training images of fold 0 at 64 x 64 pixels"
 python extract_features.py --data-path "$DATA" --features-path "$OUTPUT/features" --fold 0 --image-size 64 --vae retina
 
-step "3 training: the bundled GeCA-XS (trained on phantoms) learns for $MINUTES more minutes"
+step "3 training: of the bundled weights, those that denoise these images best"
+START=$(python scripts/nearest_weights.py --feature-path "$OUTPUT/features" --fold 0 --ckpt assets/geca-xs-*/geca-xs-*.pt)
+echo "$START learns for $MINUTES minutes"
 python train.py --preset quickstart --data-path "$DATA" --feature-path "$OUTPUT/features" --fold 0 \
-    --load-from assets/geca-xs-phantom/geca-xs-phantom.pt --epochs 100000 --max-minutes "$MINUTES" --val-samples 16 \
+    --load-from "$START" --epochs 100000 --max-minutes "$MINUTES" --val-samples 8 --no-both-weights \
     --log-every 50 --ckpt-every 100 --results-dir "$OUTPUT/results"
 RUN=$(ls -dt "$OUTPUT"/results/*-GeCA-XS-0 | head -n 1)
 

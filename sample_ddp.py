@@ -1,18 +1,24 @@
-"""Sample images with the labels of the training images of one fold, times --expand-ratio, or with labels you name.
+"""Sample images with labels that you name, or with those of the training images of a fold.
 
-    python sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0 --expand-ratio 5
+    python sample_ddp.py --ckpt RUN --labels PDR,DME --count 16 --labels NODR=0.5 --count 8
+    python sample_ddp.py --ckpt RUN --walk NODR PDR,DME --count 8
+    python sample_ddp.py --ckpt RUN --data-path store/oct --expand-ratio 5
+    python sample_ddp.py --ckpt RUN --data-path data/oct --balance 100
     torchrun --nproc_per_node=4 sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --data-path store/oct --fold 0
-    python sample_ddp.py --ckpt RUN/checkpoints/best_ckpt.pt --labels PDR,DME --labels NODR --count 16
 
-`--data-path` is a latent cache (as published) or a data root; `--labels` needs none. Writes SAMPLE_DIR/{name}/ with
-gen_samples/%06d.png, train_syn_{fold}.csv, train_syn_{fold}.npy and a picture of the first images, grid.png; with
-`--labels` asked/, asked.csv, asked.npy. Stopped, the same command continues: images that are there are kept.
+`--labels` and `--walk` (from one label set to another, everything random the same) need no data. `--data-path` is a
+latent cache (as published) or a data root, whose training labels are repeated --expand-ratio times, or, with --balance,
+topped up: only what rare labels lack. Writes SAMPLE_DIR/{name}/ with gen_samples/%06d.png, train_syn_{fold}.csv,
+train_syn_{fold}.npy, and a picture of some of the images, grid.png; with `--labels` asked/, asked.csv, asked.npy, with
+`--walk` walk/, walk.csv, walk.npy. Stopped, the same command continues: images that are there are kept.
 """
 
 import argparse
 import re
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,141 +26,191 @@ import torch
 from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from dataset import latents
+from core.runs import checkpoint_file
+from core.runtime import Interruption, by_first
+from core.text import aligned
+from dataset import latents, outside
 from dataset.root import read_split
-from dataset.vae import cells_per_side, open_codec, same_weights
 from diffusion.samplers import SAMPLERS
-from generation import checkpoint as checkpoints
+from generation import labels as asking
 from generation import output
 from generation.guidance import parse_heredity
 from generation.sampling import SamplingOptions
-from models import MODELS
-from presets import PAPER_SAMPLING, PAPER_SPACE, presets_of
+from generation.trained import KNOWN, names_of, open_trained, options_for, read
+from presets import PAPER_SAMPLING, presets_of
 
 RELEASED = {"heredity": "whole"}  # --as-released
-UNSAID = {**PAPER_SPACE, "image_space": False, "multi_scale": False}  # for files that do not say
+COUNT = 16  # images of each --labels, and of --walk
+
+
+class Request(NamedTuple):
+    """What a sample folder shall hold."""
+
+    labels: np.ndarray  # (n, K)
+    label_names: list
+    images: str  # the folder of the images in the sample folder
+    csv: str  # the name of their table
+    name: str = ""  # how the name of the sample folder ends
+    draws: list | None = None  # the number of the image whose draws each is made with; None: its own
+    remark: str = ""  # printed before
 
 
 def main():
+    args = parse_args()
+    sample(args, asked if args.labels else walked if args.walk else balanced if args.balance else expanded)
+
+
+def parse_args():
     p = parser(__doc__, "latent cache or data root with the labels of the fold", "expand")
-    p.add_argument("--labels", action="append", metavar="NAMES", help="ask for images with these labels, joined by "
-                   "commas, or null for none; may be repeated; in place of --data-path")
-    p.add_argument("--count", type=integer(1), nargs="+", default=[16], metavar="N",
-                   help="images of each --labels: one number, or one for each")
+    add_label_flags(p, " and of --walk")
+    p.add_argument("--walk", nargs=2, metavar="NAMES", help="ask for --count images on the way from these labels to "
+                   "those, with one seed")
+    p.add_argument("--balance", type=integer(1), metavar="N", help="ask for what the labels that fewer than N training "
+                   "images of --data-path have lack to N, in the combinations in which they occur")
     args = p.parse_args()
-    if (args.labels is None) == (args.data_path is None):
-        raise UserError("expected either --data-path (its labels) or --labels (yours)")
-    if args.labels:
-        args.expand_ratio = 1  # --count says how many, whatever a preset expands by
-        sample(args, asked_labels, "asked", "asked", "labels-" + "_".join(map(slug, args.labels)))
-    else:
-        sample(args, training_labels, "gen_samples", f"train_syn_{args.fold}")
+    sources = [f"--{name}" for name in ("labels", "walk", "data-path") if getattr(args, name.replace("-", "_"))]
+    if len(sources) != 1:
+        raise UserError(f"found {' and '.join(sources) or 'nothing to ask for'}, expected either --data-path (its "
+                        "labels) or --labels or --walk (yours)")
+    if args.balance and sources != ["--data-path"]:
+        raise UserError(f"--balance {args.balance}: needs the training labels of a --data-path, found {sources[0]}")
+    if args.balance and args.expand_ratio > 1:
+        raise UserError(f"--expand-ratio {args.expand_ratio}: not with --balance, which says itself how many images; "
+                        "give --expand-ratio 1")
+    return args
+
+
+def add_label_flags(p, more=""):
+    """Labels that are asked for by name; `asked_labels` reads them."""
+    p.add_argument("--labels", action="append", metavar="NAMES", help="ask for images with these labels, joined by "
+                   "commas, NAME=0.5 for a soft one, or null for none; may be repeated")
+    p.add_argument("--count", type=integer(1), nargs="+", action="extend", metavar="N",
+                   help=f"images of each --labels{more}: one number, or one for each (default: {COUNT})")
+
+
+def asked_labels(args, label_names):
+    """--labels and --count -> labels (n, K)."""
+    counts = args.count or [COUNT]
+    counts = counts * len(args.labels) if len(counts) == 1 else counts
+    if len(counts) != len(args.labels):
+        raise UserError(f"--count: found {len(counts)} numbers for {len(args.labels)} --labels, expected one or as "
+                        "many")
+    rows = [asking.values_of(names, label_names, f"--labels {names}") for names in args.labels]
+    return np.repeat(rows, counts, axis=0)
+
+
+def asked(args, checkpoint):
+    """The Request for images with --labels."""
+    names = names_of(checkpoint)
+    return Request(asked_labels(args, names), names, "asked", "asked", "labels-" + "_".join(map(slug, args.labels)))
+
+
+def walked(args, checkpoint):
+    """The Request for images on the way of --walk."""
+    names, (count, *more) = names_of(checkpoint), args.count or [COUNT]
+    if more or count < 2:
+        raise UserError(f"--count {' '.join(map(str, args.count))}: expected one number of at least 2, the images of "
+                        "--walk with both its ends")
+    ends = [asking.values_of(end, names, f"--walk {end}") for end in args.walk]
+    name = "-".join(["walk", *map(slug, args.walk), str(count)])
+    return Request(asking.between(*ends, count), names, "walk", "walk", name, draws=[0] * count)
 
 
 def slug(names):
     """Label names as a part of a folder name."""
-    return re.sub(r"[^\w]+", "+", names.strip())[:60]
+    return re.sub(r"[^\w.=]+", "+", names.strip())[:60]
 
 
-def asked_labels(args, label_names):
-    """--labels and --count -> labels (n, K) and their names."""
-    if label_names is None:
-        raise UserError(f"--labels: {args.ckpt} does not name its labels; give --data-path")
-    counts = args.count * len(args.labels) if len(args.count) == 1 else args.count
-    if len(counts) != len(args.labels):
-        raise UserError(f"--count: found {len(counts)} numbers for {len(args.labels)} --labels, expected one or as "
-                        "many")
-    rows = []
-    for asked, count in zip(args.labels, counts, strict=True):
-        names = set() if asked.strip() == "null" else {name.strip() for name in asked.split(",")}
-        unknown = sorted(names - {*label_names})
-        if unknown:
-            raise UserError(f"--labels {asked}: {args.ckpt} knows no {unknown[0]!r}, it knows {' '.join(label_names)} "
-                            "(or null)")
-        rows += [[float(name in names) for name in label_names]] * count
-    return np.array(rows, np.float32), label_names
+def expanded(args, checkpoint):
+    """The Request for images with the labels of the training images, times --expand-ratio."""
+    labels, names = training_labels(args, checkpoint)
+    return Request(np.tile(labels, (args.expand_ratio, 1)), names, "gen_samples", f"train_syn_{args.fold}")
 
 
-def training_labels(args, label_names):
+def balanced(args, checkpoint):
+    """The Request for what rare labels of the training images lack to --balance."""
+    labels, names = training_labels(args, checkpoint)
+    added = asking.top_up(labels, args.balance)
+    before, more = labels.sum(0).astype(int), added.sum(0).astype(int)
+    if not len(added):
+        rarest = min((count, name) for count, name in zip(before, names, strict=True) if count)
+        raise UserError(f"--balance {args.balance}: every label that occurs has as many training images ({rarest[1]} "
+                        f"the fewest, {rarest[0]}); give a larger number")
+    rows = [(name, *counts) for name, *counts in zip(names, before, more, before + more, strict=True)]
+    remark = aligned([("label", "training images", "to be sampled", "together"), *rows])
+    if never := [name for name, count in zip(names, before, strict=True) if not count]:
+        remark += f"\n{' '.join(never)}: no training image has it, so that there is nothing to top up"
+    return Request(added, names, "gen_samples", f"train_syn_{args.fold}", f"balance-{args.balance}", remark=remark)
+
+
+def training_labels(args, checkpoint):
     """Labels (n, K) of the training images and their names; those of the checkpoint where the data has none."""
     if (args.data_path / f"train_{args.fold}.csv").is_file():
         split = read_split(args.data_path, f"train_{args.fold}")
         return split.labels, split.label_names
     cache = latents.load(args.data_path, args.fold)
-    count = cache.labels.shape[1]
-    names = cache.manifest.get("label_names") or label_names  # the published layouts name none
-    if names is None or len(names) != count:
-        names = [f"label_{k}" for k in range(count)]
+    names = cache.manifest.get("label_names") or names_of(checkpoint)  # the published layouts name none
+    if len(names) != cache.labels.shape[1]:
+        names = [f"label_{k}" for k in range(cache.labels.shape[1])]
     return cache.labels.numpy(), names
 
 
-def sample(args, labels_of, image_folder, csv_name, name_more=""):
-    """Sample one image per row of labels × expand_ratio into the sample folder, and describe them in a CSV.
+def sample(args, request_of):
+    """Sample one image per row of labels into the sample folder, and describe them in a CSV.
 
-    `labels_of(args, label names of the checkpoint)` -> labels (n, K) and their names; `name_more` ends the name of the
-    sample folder.
+    `request_of(args, checkpoint)` -> Request. A --fold that was not given is that of the checkpoint.
     """
-    check_flags(args)
-    checkpoint, assumed = load_matching(args)
-    labels, label_names = labels_of(args, checkpoint.label_names)
-    checkpoint = check_labels(args, checkpoint, list(label_names))
-    labels = torch.as_tensor(np.tile(labels, (args.expand_ratio, 1)))
-    process = runtime.start(args.precision)
-    codec = open_trained_codec(args, checkpoint, process.device)
-    cells = check_fit(args, checkpoint, codec)
+    checkpoint, assumed = read_checkpoint(args)
     options = options_of(args, checkpoint)
-    model = checkpoints.build(checkpoint, args.weights).to(process.device)
+    request = request_of(args, checkpoint)
+    checkpoint = check_labels(args, checkpoint, list(request.label_names))
+    process = runtime.start(args.precision)
+    trained = open_trained(args.ckpt, checkpoint, args.weights, process.device)
     if args.compile:
-        model.compile_parts()
+        trained.net.compile_parts()
 
     name = output.folder_name(checkpoint, args.ckpt.stem, args.fold, options)
-    folder = args.sample_dir / "-".join(filter(None, [name, name_more]))
-    settings = output.settings_of(checkpoint, args.weights, model, codec, options)
-    settings["about"] = output.about(checkpoint, args.weights, model, options)
-    label_array = labels.numpy().astype(int)
-    output.claim(folder, settings, folder / f"{csv_name}.npy", label_array, process)
+    folder = args.sample_dir / "-".join(filter(None, [name, request.name]))
+    settings = output.settings_of(checkpoint, args.weights, trained.net, trained.codec, options)
+    settings["about"] = output.about(checkpoint, args.ckpt, folder, args.weights, trained.net, options)
+    labels = request.labels if (request.labels % 1).any() else request.labels.astype(int)  # soft ones as they are
+    by_first(process, lambda: output.claim(folder, settings, folder / f"{request.csv}.npy", labels, checkpoint.seen))
     if process.is_main_process:
-        if assumed:
-            print(f"{args.ckpt} does not say all; taken: " +
-                  ", ".join(f"{name} {checkpoint.args[name]}" for name in assumed))
-        print(f"{checkpoint.args['model']}, {args.weights} weights of step {checkpoint.step or 'unknown'}: "
-              f"{len(labels)} images, {options.steps} steps, guidance {options.cfg_scale}, heredity "
-              f"{options.heredity}, {process.num_processes} process(es)")
-    output.write_missing(model, codec, labels, cells, folder / image_folder, process, options)
+        introduce(args, checkpoint, assumed, request, process.num_processes, options)
+    with Interruption() as interruption:
+        stopped = output.write_missing(trained.net, trained.codec, torch.as_tensor(request.labels), trained.cells,
+                                       folder / request.images, process, options, interruption, request.draws)
+    if stopped:
+        print(f"stopped after a batch; the same command continues {folder}")
+        runtime.stop()
+        sys.exit(interruption.exit_code)
     process.wait_for_everyone()
     if process.is_main_process:
-        output.describe(folder, image_folder, csv_name, label_array, label_names)
-        output.show(folder, image_folder, label_array, label_names)
-        print(f"{folder}: {len(labels)} images")
+        output.describe(folder, request.images, request.csv, labels, request.label_names)
+        if args.grid:
+            output.show(folder, request.images, labels, request.label_names)
+        print(f"{folder}: {len(labels)} images" + ", grid.png" * args.grid)
     process.wait_for_everyone()
 
 
-def check_flags(args):
-    """Flags that contradict each other."""
-    if args.eta and args.sampler != "ddim":
-        raise UserError(f"--eta {args.eta}: belongs to --sampler ddim, found {args.sampler}; leave it out")
-    if args.cfg_interval and (args.cfg_scale == 1 or args.cfg_interval[0] > args.cfg_interval[1]):
-        given = f"--cfg-interval {args.cfg_interval[0]} {args.cfg_interval[1]}"
-        why = "needs --cfg-scale other than 1" if args.cfg_scale == 1 else "expected LOW not above HIGH"
-        raise UserError(f"{given}: {why}")
+def introduce(args, checkpoint, assumed, request, processes, options):
+    """What is about to be sampled, for people."""
+    if assumed:
+        print(f"{args.ckpt} does not say all; taken: " +
+              ", ".join(f"{name} {checkpoint.args[name]}" for name in assumed))
+    if request.remark:
+        print(request.remark)
+    print(f"{args.ckpt.name}: {checkpoint.args['model']}, {args.weights} weights of step "
+          f"{checkpoint.step or 'unknown'}: {len(request.labels)} images, {options.steps} steps, guidance "
+          f"{options.cfg_scale}, heredity {options.heredity}, {processes} process(es)")
 
 
-def load_matching(args):
-    """The checkpoint, after checking every flag that it already answers; what it leaves open, the flags answer.
-
-    Second value: the names of what neither it nor a flag says, so that a default was taken.
-    """
-    checkpoint = checkpoints.load(args.ckpt)
-    trained = {**dict.fromkeys(UNSAID), **checkpoint.args}
-    for name in ("model", "image_size", "num_classes", "in_channels", "image_space", "vae", "multi_scale"):
-        checkpoints.check_flag(args.ckpt, name, getattr(args, name), trained[name])
-    unsaid = [name for name in UNSAID if trained[name] is None]
-    for name in unsaid:
-        asked = getattr(args, name)
-        trained[name] = UNSAID[name] if asked is None else asked
-    if args.weights not in checkpoint.kinds:
-        raise UserError(f"--weights {args.weights}: {args.ckpt} holds {', '.join(checkpoint.kinds)}; give one of them")
-    return replace(checkpoint, args=trained), unsaid
+def read_checkpoint(args):
+    """What `generation.trained.read` returns for --ckpt and the flags; args then name the file and the fold."""
+    args.ckpt = checkpoint_file(args.ckpt, "--ckpt")
+    checkpoint, assumed = read(args.ckpt, {name: getattr(args, name, None) for name in KNOWN}, args.weights)
+    args.fold = checkpoint.args["fold"] or getattr(args, "fold", None) or 0
+    return checkpoint, assumed
 
 
 def check_labels(args, checkpoint, label_names):
@@ -167,38 +223,11 @@ def check_labels(args, checkpoint, label_names):
     return replace(checkpoint, label_names=own)
 
 
-def open_trained_codec(args, checkpoint, device):
-    """The very autoencoder that the checkpoint was trained with."""
-    trained = checkpoint.args
-    codec = open_codec(trained["vae"], trained["image_space"], device)
-    if checkpoint.codec is not None and not same_weights(codec.identity, checkpoint.codec):
-        raise UserError(f"--vae {trained['vae']}: is {codec.identity}, but {args.ckpt} was trained with "
-                        f"{checkpoint.codec}; restore that VAE")
-    return codec
-
-
-def check_fit(args, checkpoint, codec):
-    """Refuse an image size or autoencoder that a checkpoint cannot be run with -> cells per side of the grid.
-
-    Foreign files do not say theirs.
-    """
-    trained, sizes = checkpoint.args, checkpoint.model_args
-    cells = cells_per_side(trained["image_size"], codec)
-    if sizes["in_channels"] != codec.channels:
-        raise UserError(f"--vae {trained['vae']}: has {codec.channels} channels, {args.ckpt} was trained on "
-                        f"{sizes['in_channels']}; give the VAE it was trained with")
-    if not MODELS[sizes["model"]].any_grid and cells != sizes.get("input_size", cells):
-        raise UserError(f"--image-size {trained['image_size']}: {cells} cells per side, {args.ckpt} works on "
-                        f"{sizes['input_size']}; give --image-size {sizes['input_size'] * codec.factor}")
-    return cells
-
-
 def options_of(args, checkpoint):
     """The SamplingOptions that the flags and the checkpoint ask for."""
-    names = {f.name for f in fields(SamplingOptions)} & vars(args).keys()
-    return SamplingOptions(**{name: getattr(args, name) for name in names} | {
+    names = {f.name for f in fields(SamplingOptions)} & vars(args).keys() - {"multi_scale"}
+    return options_for(checkpoint, **{name: getattr(args, name) for name in names} | {
         "steps": args.num_sampling_steps, "seed": args.global_seed, "batch_size": args.per_proc_batch_size,
-        "multi_scale": checkpoint.args["multi_scale"],
         "cfg_interval": args.cfg_interval and tuple(args.cfg_interval)})
 
 
@@ -214,11 +243,24 @@ def add_heredity_flags(p):
 def parser(description, data_help, *sections):
     """The flags that both sampling scripts have; `sections` of presets.py beside the common one."""
     p = Parser(description, RELEASED, presets=presets_of("sample", *sections))
-    p.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint, ours or published, or weights")
+    p.add_argument("--ckpt", type=Path, required=True, metavar="RUN", help="run folder (its best checkpoint, or the "
+                   "last where none was validated), or a file: checkpoint, ours or published, or weights")
     p.add_argument("--data-path", type=Path, metavar="DIR", help=data_help)
+    outside.add_flag(p)
     p.add_argument("--sample-dir", type=Path, default="samples", metavar="DIR", help="where the sample folder goes")
-    p.add_argument("--fold", type=integer(0), default=0, help="fold whose labels are asked for")
+    p.add_argument("--fold", type=integer(0), help="fold whose labels are asked for (default: the checkpoint's, which "
+                   "another must not be)")
     p.add_argument("--expand-ratio", type=integer(1), default=1, help="images per row of labels")
+    p.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True,
+                   help="write grid.png, a picture of the first images of each combination of labels")
+    add_sampling_flags(p)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="compile the denoiser first (torch.compile: a minute at the start, fewer kernels after)")
+    return p
+
+
+def add_sampling_flags(p):
+    """How to sample from a checkpoint; `load_matching` and `options_of` read them. For grow.py too."""
     p.add_argument("--model", help="model name (default: the checkpoint's; another is an error)")
     p.add_argument("--image-size", type=integer(8, 2048), help="pixels (default: the checkpoint's)")
     p.add_argument("--num-classes", type=integer(1), help="number of labels (default: the checkpoint's)")
@@ -243,10 +285,7 @@ def parser(description, data_help, *sections):
                    help="of the denoiser's matrix products; fp16 needs a GPU")
     p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", default=argparse.SUPPRESS,
                    help="published spelling of --precision tf32")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="compile the denoiser first (torch.compile: a minute at the start, fewer kernels after)")
     p.set_defaults(**PAPER_SAMPLING)
-    return p
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ stopped run. Validation samples as the final sampling does: EMA weights, the lab
 images, guidance; the KID is computed afresh each time.
 """
 
-import copy
 import math
+import os
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -19,41 +19,56 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from core import runs
+from automaton.rule import POSITION_CODES
+from core import claims, runs, trackers
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import make_folder
-from core.runtime import AGREE_EVERY, Interruption, start, stop
-from dataset import latents
+from core.files import refused
+from core.runtime import Interruption, by_first, start, stop
+from core.text import aligned
+from dataset import latents, leaks, outside
 from dataset.root import fingerprint, read_split
-from dataset.vae import cells_per_side, open_codec, same_weights
+from dataset.vae import cells_per_side, open_codec, same_latents
 from diffusion.samplers import SAMPLERS
-from evaluation.features import open_features
+from evaluation.features import NAMES, open_features
 from generation import checkpoint as checkpoints
-from generation.guidance import RENAMED
+from generation.cost import cost
+from generation.loop import Loop, LoopOptions, time_for_validation
 from generation.optimiser import OPTIMISERS
 from generation.sampling import SamplingOptions
 from generation.training import SCHEDULES, Training, TrainingOptions, model_args, weights_to_start_from
 from generation.validation import Validation, ValidationOptions
 from models import MODELS
-from presets import PAPER_SAMPLING, PAPER_SPACE, PAPER_TRAINING, presets_of
+from presets import PAPER_SPACE, PAPER_TRAINING, VALIDATION_SAMPLING, presets_of
 from sample_ddp import add_heredity_flags
 
-NOT_SETTINGS = ("epochs", "max_minutes", "validate_every", "log_every", "ckpt_every", "num_workers", "cache",
-                "results_dir", "as_released", "checkpoint_steps")  # of these, a continued run may have others
-SAVE_MINUTES = 5  # last_ckpt.pt is written at least so often
-RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "validation_labels": "null",
-            "validation_kid": "accumulated", "val_samples": 24, "num_sampling_steps": 1000, "cfg_scale": 1.0,
-            "heredity": "whole"}  # --as-released
+VALIDATION = ("validate_every", "val_samples", "num_sampling_steps", "sampler", "cfg_scale", "heredity", "shared_fire",
+              "validation_weights", "both_weights", "validation_labels", "validation_kid", "features")
+LOGS = ("log_every", "ckpt_every", "tracker", "num_workers", "cache", "results_dir", "checkpoint_steps",
+        "compile")
+# Of these a continued run may have others; `unguided_state` is what older runs call their heredity.
+NOT_SETTINGS = (*VALIDATION, *LOGS, "epochs", "max_minutes", "as_released", "resume", "dry_run", "unguided_state")
+# What --resume may change beside them.
+RESUMABLE = ("data_path", "feature_path", "epochs", "max_minutes", "lr", "lr_schedule", "warmup", "adam_betas",
+             "clip_norm", "grad_norm", "min_snr", "train_heredity", "ema_decay", "ema_warmup", "frozen_latents")
+HISTORY = (*VALIDATION, *RESUMABLE)  # what is noted where a run goes on with another value
+KEPT_BEST = ("validate_every", "both_weights")  # of validation: best_ckpt.pt stays the best
+RELEASED = {"frozen_latents": True, "ema_warmup": False, "validation_weights": "model", "both_weights": False,
+            "validation_labels": "null", "validation_kid": "accumulated", "val_samples": 24,
+            "num_sampling_steps": 1000, "sampler": "ddpm", "cfg_scale": 1.0, "heredity": "whole"}  # --as-released
 
 
 def main():
-    args = parser().parse_args()
+    started, flags = time.monotonic(), parser()
+    args = flags.parse_args()
+    if args.dry_run and os.environ.get("RANK", "0") == "0":
+        print(flags.shown(args))
+    trackers.check(args.tracker)
     args.validate_every = args.validate_every or args.epochs
     training_split, validation_split = read_splits(args)
     cache = latents.load(args.feature_path, args.fold)
+    latents.remember(cache.manifest, training_split)
     start()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     codec = open_codec(args.vae, args.image_space, accelerator.device)
@@ -61,134 +76,102 @@ def main():
     label_names = list(training_split.label_names)
     args.num_classes, args.in_channels = len(label_names), codec.channels
     settings = settings_of(args, codec, training_split, validation_split)
-    folder, exists, note = runs.find_or_number(args.results_dir, f"{args.model.replace('/', '-')}-{args.fold}",
-                                               settings, parser().defaults(), RENAMED)
-    remarks, weights = [note] if note else [], None
-    if args.load_from:
-        weights, more = start_from(args, cache, label_names, codec)
-        remarks += more
+    weights, seen, remarks = None, [], []
+    if args.load_from and not args.resume:
+        weights, seen, remarks = start_from(args, cache, label_names, codec, validation_split)
     training = Training(args.model, cache, label_names, training_options(args), accelerator, weights)
-    make_folder(args.results_dir, "--results-dir")  # if it cannot be, better now than later
     features = open_features(args.features, accelerator.device)
-    validation = Validation(validation_split, features, codec, args.image_size, cells, validation_options(args),
-                            accelerator, args.num_workers)
-    last = folder / "checkpoints" / "last_ckpt.pt"
-    if exists and last.is_file():
-        checkpoint = checkpoints.load(last, flag="last checkpoint")
-        training.restore(checkpoint)
-        if checkpoint.features != features.identity:  # the best KID was measured in another feature space
-            training.best_kid, training.validated = math.inf, []
-    accelerator.wait_for_everyone()  # every process has looked for the run before the first one makes it
-
-    log = runs.RunLog(folder, settings, accelerator.is_main_process, training.step)
-    for line in [*introduction(args, training, accelerator, folder, exists), *remarks,
+    validation = Validation(validation_split, training_split, features, codec, args.image_size, cells,
+                            validation_options(args), accelerator, args.num_workers)
+    if args.dry_run:
+        found = by_first(accelerator, lambda: run_of(args, settings))
+        estimate(loop_options(args), training, validation, accelerator, found)
+        return
+    reserve = time_for_validation(loop_options(args), validation, training.ema, started)
+    folder, exists, note = by_first(accelerator, lambda: claim_run(args, settings))
+    if exists and last_checkpoint(folder).is_file():
+        checkpoint = checkpoints.load(last_checkpoint(folder), flag="last checkpoint")
+        with refused(last_checkpoint(folder), f"remove it to train anew in {folder}"):
+            training.restore(checkpoint)
+        seen = checkpoint.seen if args.resume else seen
+        remarks += go_on(args, training, checkpoint, features)
+    log = runs.RunLog(folder, accelerator.is_main_process, training.step, args.tracker, plain(args))
+    for line in [*introduction(args, training, accelerator, folder, exists), *filter(None, [note]), *remarks,
                  *warnings(cache, training_split, validation_split)]:
         log.text(line)
-    about = {"args": {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
-                      for k, v in vars(args).items()},
-             "label_names": label_names, "codec": codec.identity, "run": folder.name,
-             "training_images": settings["training_images"], "features": features.identity}
+    about = {"args": plain(args), "label_names": label_names, "codec": codec.identity, "run": folder.name,
+             "training_images": settings["training_images"], "features": features.identity,
+             "seen": None if seen is None else sorted({*seen, *leaks.identities(training_split)})}
     with Interruption() as interruption:
-        stopped = Loop(args, training, validation, log, about, interruption).run()
+        stopped = Loop(loop_options(args), training, validation, log, about, interruption, started, reserve).run()
     log.close()
     if stopped:
         stop()
-        sys.exit(130)
+        sys.exit(interruption.exit_code)
 
 
-class Loop:
-    """Training from where it stands to its end: the steps, and what happens between them."""
+def plain(args):
+    """The flags as a checkpoint holds them."""
+    return {k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
 
-    def __init__(self, args, training, validation, log, about, interruption):
-        self.args, self.training, self.validation, self.log = args, training, validation, log
-        self.about, self.interruption, self.accelerator = about, interruption, training.accelerator
-        self.started = time.time() - 60 * training.minutes
-        self.window, self.steps, self.saved = time.time(), 0, time.time()  # since the last log line; the last save
-        self.timed_out = self.stopped = self.save_is_due = False
 
-    def run(self):
-        """Train until --epochs, --max-minutes or an interruption -> True if it was interrupted."""
-        args, training = self.args, self.training
-        self.timed_out = 0 < args.max_minutes <= training.minutes
-        # With a time limit the number of steps to come is unknown, and so is the time they take.
-        bar = tqdm(initial=training.step, total=None if args.max_minutes else training.total_steps, unit="step",
-                   mininterval=5, disable=not self.log.active)
-        while training.step < training.total_steps and not self.timed_out and not self.stopped:
-            logged = (training.step + 1) % args.log_every == 0
-            training.train_step(measure=logged)  # draw, loss, gradient, update, averages
-            self.steps += 1
-            bar.update()
-            if training.step % AGREE_EVERY == 0:
-                self.agree()
-            last = training.step == training.total_steps or self.timed_out
-            if logged or last:
-                self.write_log()
-            end_of_epoch = training.step % training.steps_per_epoch == 0
-            if last or (end_of_epoch and training.epoch % args.validate_every == 0):
-                self.validate()
-            if last or self.stopped or self.save_is_due or training.step % args.ckpt_every == 0:
-                self.save("last_ckpt.pt")
-        bar.close()
-        if self.stopped:
-            self.log.text(f"stopped at step {training.step}; the same command continues")
-            return True
-        reason = f"after --max-minutes {args.max_minutes}" if self.timed_out else "complete"
-        self.log.text(f"{reason}: epoch {training.epoch}, step {training.step}, best KID "
-                      f"{1e3 * training.best_kid:.2f}e-3")
-        return False
+def last_checkpoint(folder):
+    return Path(folder) / "checkpoints" / "last_ckpt.pt"
 
-    def agree(self):
-        """What holds on one process holds on all: time is up, somebody asked to stop, a checkpoint is due."""
-        now, limit = time.time(), self.args.max_minutes
-        share = (now - self.started) / 60 / limit if limit else 0.0
-        mine = torch.tensor([self.interruption.asked, now - self.saved > 60 * SAVE_MINUTES, share > 1, share],
-                            dtype=torch.float64, device=self.accelerator.device)
-        stopped, due, timed_out, shares = self.accelerator.reduce(mine, "sum").tolist()
-        self.stopped, self.save_is_due, self.timed_out = stopped > 0, due > 0, timed_out > 0
-        self.training.time_share = shares / self.accelerator.num_processes
 
-    def write_log(self):
-        """Means since the last log line, to the screen, log.txt, metrics.jsonl and TensorBoard."""
-        training = self.training
-        means = training.statistics.means(self.accelerator)
-        if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is {means['loss']} at step {training.step}; lower --lr or use bf16 for fp16")
-        speed = self.steps / (time.time() - self.window)
-        self.log.text(f"epoch {training.epoch}, step {training.step}: loss {means['loss']:.4f}, {speed:.2f} steps/s, "
-                      f"{speed * training.batch:.1f} images/s")
-        if training.gradient_norm is not None:
-            means["gradient_norm"] = float(training.gradient_norm)
-        self.log.metrics(training.step, **means, lr=training.optimiser.param_groups[0]["lr"], steps_per_second=speed,
-                         images_per_second=speed * training.batch)
-        training.restart_statistics()
-        self.steps, self.window = 0, time.time()
+def remembered(folder):
+    """--resume: the flags of a run, dest -> value. Raises UserError where the folder is none that can be continued."""
+    stored = claims.read_settings(folder, "give another run")
+    if stored is None or not last_checkpoint(folder).is_file():
+        raise UserError(f"--resume {folder}: expected a run folder of train.py with settings.json and checkpoints/"
+                        "last_ckpt.pt; a run without a checkpoint is started again by its own command")
+    return checkpoints.load(last_checkpoint(folder), flag="--resume").args | stored
 
-    def validate(self):
-        """Sample, score; keep the checkpoint if it is the best so far."""
-        paused, training, args = time.time(), self.training, self.args
-        net = training.ema
-        if args.validation_weights == "model":  # in a copy: the net itself would compute in --mixed_precision
-            net = copy.deepcopy(net)
-            net.load_state_dict(training.bare_net.state_dict())
-        picture = self.log.folder / "samples" / f"epoch-{training.epoch:05d}.png"
-        score = self.validation(net, picture, training.validated)
-        weights = "averaged" if args.validation_weights == "ema" else "raw"
-        self.log.text(f"epoch {training.epoch}, step {training.step}: validation KID[{self.validation.features.name}] "
-                      f"{1e3 * score:.2f}e-3 ({len(self.validation.chosen)} images, {args.num_sampling_steps} steps, "
-                      f"{weights} weights)")
-        self.log.metrics(training.step, kid=score)
-        if score < training.best_kid:
-            training.best_kid = score
-            self.save("best_ckpt.pt")
-        self.window += time.time() - paused  # the speed is that of training
 
-    def save(self, name):
-        """Write a checkpoint; the first process does, the others wait."""
-        self.saved, self.save_is_due = time.time(), False
-        self.training.minutes = (self.saved - self.started) / 60
-        if self.accelerator.is_main_process:
-            checkpoints.save(self.log.folder / "checkpoints" / name, self.training.state() | self.about)
-        self.accelerator.wait_for_everyone()
+def run_of(args, settings, find=runs.find):
+    """The run folder of these flags: what `core.runs.find` or `claim` returns, or RUN of --resume.
+
+    Raises UserError for what --resume cannot change.
+    """
+    defaults = {name: value for name, value in parser().defaults().items() if name not in NOT_SETTINGS}
+    if not args.resume:
+        name = f"{args.model.replace('/', '-')}-{args.fold}"
+        return find(args.results_dir, name, settings, defaults, NOT_SETTINGS)
+    different = claims.differences(claims.read_settings(args.resume), settings, defaults)
+    fixed = {name: values for name, values in different.items() if name not in (*RESUMABLE, *NOT_SETTINGS)}
+    if fixed:
+        raise UserError(f"--resume {args.resume}: cannot change {claims.described(fixed)}; leave it as it is, or start "
+                        "a new run (--load-from takes the weights of this one)")
+    return args.resume, True, None
+
+
+def claim_run(args, settings):
+    """The same; the folder is no other job's from now on and belongs to these settings."""
+    found = run_of(args, settings, runs.claim)
+    runs.hold(found[0])
+    if args.resume:
+        claims.write_settings(args.resume, settings)
+    return found
+
+
+def go_on(args, training, checkpoint, features):
+    """Note in the history of a run what changes where it goes on -> lines for the log."""
+    now, before = plain(args), checkpoint.args
+    changed = {name: (before[name], now[name]) for name in HISTORY if name in before and before[name] != now[name]}
+    if checkpoint.features != features.identity or set(changed) & {*VALIDATION} - {*KEPT_BEST}:
+        training.best_kid, training.validated = math.inf, []
+        yield "validation is not what it was: the best KID starts anew"
+    if changed:
+        training.history.append({"step": training.step, "changed": {k: list(v) for k, v in changed.items()}})
+        yield f"from step {training.step} on: {claims.described(changed)}"
+
+
+def estimate(options, training, validation, accelerator, found):
+    """--dry-run: what the settings come to, and what they cost, from a few timed steps; nothing is written."""
+    folder, exists, note = found
+    rows = [("run", f"{folder} ({'continued' if exists else 'new'})"), *cost(options, training, validation)]
+    if accelerator.is_main_process:
+        print("", aligned(rows, left=2), *filter(None, [note]), sep="\n")
 
 
 def read_splits(args):
@@ -213,6 +196,9 @@ def check(args, accelerator, cache, codec, split):
         raise UserError(f"--multi-scale: {args.model} works on one grid only; leave the flag out or take a GeCA")
     if args.multi_scale and cache.mean.shape[-1] % 4:
         raise UserError(f"--multi-scale: found {cache.mean.shape[-1]} cells per side, expected a multiple of 4")
+    if args.position_code != "published" and not MODELS[args.model].any_grid:
+        raise UserError(f"--position-code {args.position_code}: {args.model} has a code of its own; leave the flag out "
+                        "or take a GeCA")
     if min(args.global_batch_size, len(cache)) < accelerator.num_processes:
         raise UserError(f"--global-batch-size {args.global_batch_size}: {len(cache)} images, expected at least one "
                         f"for each of the {accelerator.num_processes} processes")
@@ -231,26 +217,38 @@ def settings_of(args, codec, training_split, validation_split):
                        "validation_images": fingerprint(validation_split)}
 
 
-def start_from(args, cache, label_names, codec):
-    """--load-from: the weights to start from, and remarks for the log."""
+def start_from(args, cache, label_names, codec, validation_split):
+    """--load-from: the weights to start from, identities of the images they have seen, remarks for the log."""
     checkpoint = checkpoints.load(args.load_from, flag="--load-from")
     flag, remarks = f"--load-from {args.load_from}", []
     if checkpoint.codec is None:  # the published layout names its autoencoder but cannot prove it
         remarks.append(f"{flag}: does not say whose latents it was trained on; --vae must be right")
-    elif not same_weights(checkpoint.codec, codec.identity):
+    elif not same_latents(checkpoint.codec, codec.identity):
         raise UserError(f"{flag}: was trained on latents of {checkpoint.codec}, but --vae is {codec.identity}; give "
                         "that VAE")
-    weights, others = weights_to_start_from(checkpoint, model_args(args.model, cache, label_names), label_names, flag)
+    weights, others = weights_to_start_from(checkpoint, model_args(args.model, cache, label_names, args.position_code),
+                                             label_names, flag)
     if others:
         remarks.append(f"{flag}: its labels are {' '.join(checkpoint.label_names or ['others'])}; the label table "
                        "starts anew")
-    return weights, remarks
+    if checkpoint.seen is None:
+        remarks.append(f"warning: {flag}: does not say which images it has seen; if validation or test images were "
+                       "among them, scores will flatter")
+    elif count := leaks.seen(checkpoint.seen, validation_split):
+        remarks.append(f"warning: {flag}: was trained on {count} of the {len(validation_split)} validation images: "
+                       "scores will flatter")
+    return weights, checkpoint.seen, remarks
 
 
 def training_options(args):
     """The flags as TrainingOptions."""
     return TrainingOptions(**{f.name: vars(args)[f.name] for f in fields(TrainingOptions) if f.name in args},
                            batch=args.global_batch_size, seed=args.global_seed)
+
+
+def loop_options(args):
+    """The flags as LoopOptions."""
+    return LoopOptions(**{f.name: vars(args)[f.name] for f in fields(LoopOptions)})
 
 
 def validation_options(args):
@@ -263,8 +261,7 @@ def validation_options(args):
 
 def introduction(args, training, accelerator, folder, exists):
     """What a run says of itself at its start."""
-    parameters = sum(p.numel() for p in training.ema.parameters())
-    yield (f"run {folder}: {args.model}, {parameters:,} parameters, {len(training.cache)} images, "
+    yield (f"run {folder}: {args.model}, {training.parameters:,} parameters, {len(training.cache)} images, "
            f"{training.steps_per_epoch} steps of {training.batch} per epoch, {accelerator.num_processes} process(es) "
            f"on {accelerator.device}, mixed precision {accelerator.mixed_precision}")
     if exists:
@@ -275,18 +272,24 @@ def warnings(cache, training_split, validation_split):
     """What a reader of the scores should doubt."""
     if not cache.manifest:
         yield f"{cache.path}: does not say which VAE made it; --vae must be right"
-    shared = {*training_split.patients} & {*validation_split.patients}
-    if shared:
-        yield f"warning: {len(shared)} patient(s) train and validate, {min(shared)} the first: scores will flatter"
+    for line in leaks.shared(training_split, validation_split):
+        yield f"warning: LEAK: {line}: scores will flatter"
+    for line in leaks.unknown_patients(training_split):
+        yield f"warning: {line}"
 
 
 def parser():
-    p = Parser(__doc__, RELEASED, presets=presets_of("train"))
+    p = Parser(__doc__, RELEASED, presets=presets_of("train"), own_dry_run=True, memory=("resume", remembered))
     p.add_argument("--model", choices=MODELS, default="GeCA-S", help="which denoiser")
     p.add_argument("--data-path", type=Path, required=True, metavar="ROOT", help="data root (labels, validation)")
+    outside.add_flag(p)
     p.add_argument("--feature-path", type=Path, required=True, metavar="DIR", help="latent cache")
     p.add_argument("--results-dir", default="results", metavar="DIR", help="where the run folder goes")
     p.add_argument("--load-from", metavar="FILE", help="start from the averaged weights of this checkpoint")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="continue this run folder; flags that are not given are "
+                   "its own, those of optimisation, validation and logs may be others and are noted in its history")
+    p.add_argument("--dry-run", action="store_true", help="show what every flag comes to, parameters, memory and time "
+                   "from a few timed steps, and write nothing")
     g = p.add_argument_group("data and space")
     g.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, validate on val_{fold}")
     g.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
@@ -295,10 +298,12 @@ def parser():
     g.add_argument("--image-space", action="store_true", help="diffuse pixels, without a VAE")
     g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
     g.add_argument("--multi-scale", action="store_true", help="noisy steps on coarser grids (needs a multiple of 4)")
+    g.add_argument("--position-code", choices=POSITION_CODES, default="published", help="what a cell of GeCA is told "
+                   "of its place: its number in reading order, as published, or row and column")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=integer(1), help="epochs: each shows every training image once")
-    g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes of "
-                   "training, those before a resumption included; 0 is never")
+    g.add_argument("--max-minutes", type=number(0), default=0, help="stop after so many minutes, the last "
+                   "validation and the time before a resumption included; 0 is never")
     g.add_argument("--global-batch-size", type=integer(1), help="images per step over all processes")
     g.add_argument("--optimizer", choices=OPTIMISERS, help="AdamW, or Muon for the weight matrices inside")
     g.add_argument("--lr", type=number(0), help="largest learning rate")
@@ -320,6 +325,8 @@ def parser():
                    help="let early averages forget the start (published: no)")
     g.add_argument("--checkpoint-steps", action=BooleanOptionalAction, help="save memory: compute each step of the "
                    "automaton, or block of a baseline, again in backward (default: GeCA yes, baselines no)")
+    g.add_argument("--compile", action=BooleanOptionalAction, default=False, help="compile parts of the denoiser first "
+                   "(torch.compile, half a minute; of a GeCA only the attention, on a CPU)")
     g.add_argument("--frozen-latents", action=BooleanOptionalAction, default=False,
                    help="draw mirror and posterior sample once for each image, not at each step (published: once)")
     g.add_argument("--global-seed", type=integer(0), default=0, help="seed of every draw")
@@ -331,19 +338,23 @@ def parser():
     g.add_argument("--sampler", choices=SAMPLERS, help="sampler of those samples")
     g.add_argument("--cfg-scale", type=number(0), help="guidance of those samples; 1 is none")
     g.add_argument("--validation-weights", choices=("ema", "model"), default="ema",
-                   help="averaged or raw weights make those samples (published: raw)")
+                   help="averaged or raw weights decide what is best (published: raw)")
+    g.add_argument("--both-weights", action=BooleanOptionalAction, default=True,
+                   help="score the others too, for the log (published: no)")
     g.add_argument("--validation-labels", choices=("own", "null"), default="own",
                    help="labels of the validation images, or none at all (published: null)")
     g.add_argument("--validation-kid", choices=("fresh", "accumulated"), default="fresh", help="score against all "
                    "validation images, or add to a metric that is never reset (published: accumulated)")
     add_heredity_flags(g)
-    g.add_argument("--features", default="retina", help="feature space of the KID (retina, or a VAE folder)")
+    g.add_argument("--features", default="retina", help=f"feature space of the KID: {NAMES}")
+    g.add_argument("--tracker", choices=trackers.TRACKERS, default="tensorboard",
+                   help="where curves and sample grids are shown, beside RUN/metrics.jsonl (wandb: pip install wandb)")
     g.add_argument("--log-every", type=integer(1), default=100, metavar="STEPS", help="steps between log lines")
     g.add_argument("--ckpt-every", type=integer(1), default=1000, metavar="STEPS",
                    help="steps between writes of last_ckpt.pt")
     g.add_argument("--num-workers", type=integer(1), default=4, help="threads that read validation images")
     g.add_argument("--cache", action="store_true", help="accepted as published; latents are mapped into memory anyway")
-    p.set_defaults(**PAPER_SPACE, **PAPER_TRAINING, **PAPER_SAMPLING)
+    p.set_defaults(**PAPER_SPACE, **PAPER_TRAINING, **VALIDATION_SAMPLING)
     return p
 
 

@@ -8,6 +8,7 @@ The loss is L1 + 0.1·(1 − SSIM) + kl-weight·KL (Zhao et al. 2017 on mixing L
 """
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -15,18 +16,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-from tqdm import tqdm
 
-from core import runtime
+from core import claims, runs, runtime, schema
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import write_json, write_torch
+from core.files import json_text, read_torch, refused, text_writer, write_together, write_torch
+from core.progress import progress_bar
 from core.random import generator
+from dataset import contents, outside
 from dataset.images import center_crop, load_image, load_images
 from dataset.root import read_split
-from dataset.vae import VaeCodec, to_model_range
+from dataset.vae import DIFFUSERS, VaeCodec, to_model_range
 
 LEARNING_RATE, WARM_UP, EMA_DECAY = 1e-3, 100, 0.999
 
@@ -74,20 +77,23 @@ def learning_rate(step, steps):
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(args, vae, ema, images, device):
-    """Run the remaining steps; the state after each `--save-every` steps lies in OUTPUT/training_state.pt."""
+def train(args, vae, ema, images, device, interruption):
+    """Run the remaining steps -> whether all are done; False: `interruption` asked to stop.
+
+    The state after each `--save-every` steps, and where it stopped, lies in OUTPUT/training_state.pt.
+    """
     optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
     state_file, first = args.output / "training_state.pt", 0
     if state_file.is_file():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["widths"] != list(args.widths):
-            raise UserError(f"{state_file}: widths {state['widths']}, asked for {list(args.widths)}; remove it")
-        vae.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        first = state["step"]
+        state = read_torch(state_file, "state", f"remove {args.output}")
+        with refused(state_file, f"remove {args.output}"):
+            schema.check(state, {"model": {}, "ema": {}, "optimiser": {}, "step": schema.Number()})
+            vae.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimiser.load_state_dict(state["optimiser"])
+            first = state["step"]
         print(f"continuing from step {first} of {state_file}")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=10)
+    bar = progress_bar(range(first, args.steps), initial=first, total=args.steps, unit="steps", title="training")
     for step in bar:
         draw = np.random.default_rng([args.global_seed, step])  # a function of the step: resuming needs no state
         chosen = draw.integers(len(images), size=args.batch_size)
@@ -103,11 +109,23 @@ def train(args, vae, ema, images, device):
             for mean, value in zip(ema.parameters(), vae.parameters(), strict=True):
                 mean.lerp_(value, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         if step % 20 == 0:
-            bar.set_postfix(l1=f"{l1:.4f}", ssim=f"{1 - dissimilarity:.3f}", kl=f"{kl:.2f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            bar.set_postfix(l1=f"{l1:.4f}", ssim=f"{1 - dissimilarity:.3f}", kl=f"{kl:.2f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or interruption.asked:
             state = {"model": vae.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
-                     "step": step + 1, "widths": list(args.widths)}
+                     "step": step + 1}
             write_torch(state_file, state)
+        if interruption.asked:
+            print(f"stopped at step {step + 1}; the same command continues")
+            return False
+    return True
+
+
+def save(vae, folder):
+    """Write an autoencoder in diffusers' format, whole or not at all (its save_pretrained writes one file by one)."""
+    weights = {key: value.contiguous() for key, value in vae.state_dict().items()}
+    raw = to_safetensors(weights, {"format": "pt"})
+    write_together({folder / DIFFUSERS[0]: text_writer(vae.to_json_string()),
+                    folder / DIFFUSERS[1]: lambda path: path.write_bytes(raw)})
 
 
 @torch.no_grad()
@@ -138,8 +156,9 @@ def score(folder, roots, sizes, device):
                             "ssim": round(float(sum(similarity)) / len(paths), 4)})
             print("{root:>10}  {size:>3} px  {images:>4} test images  PSNR {psnr:.2f} dB  SSIM {ssim:.4f}".format(
                 **results[-1]))
-    Image.fromarray(np.concatenate(picture)).save(folder / "reconstructions.png")
-    write_json(folder / "scores.json", results)
+    shown = Image.fromarray(np.concatenate(picture))
+    write_together({folder / "reconstructions.png": lambda path: shown.save(path, "PNG"),
+                    folder / "scores.json": text_writer(json_text(results))})
 
 
 def check_shapes(args):
@@ -150,6 +169,20 @@ def check_shapes(args):
                 raise UserError(f"{flag} {value}: expected a multiple of {unit}")
 
 
+def claim(args, paths):
+    """The output folder for this training alone: its flags, its images. Raises UserError where it holds another."""
+    flags = ("steps", "batch_size", "crop", "widths", "kl_weight", "scales", "global_seed")
+    settings = {name: getattr(args, name) for name in flags} | {"images": contents.digest(paths)}
+    stored = claims.read_settings(args.output)
+    if stored is None and (args.output / "training_state.pt").exists():
+        raise UserError(f"--output {args.output}: holds a training that does not say its settings; remove it")
+    if stored is not None and (different := claims.differences(stored, settings)):
+        raise UserError(f"--output {args.output}: holds another training ({claims.described(different)}); remove it or "
+                        "give another folder")
+    runs.hold(args.output)
+    claims.write_settings(args.output, settings)
+
+
 def main():
     args = parser().parse_args()
     runtime.alone("train_vae.py")
@@ -158,18 +191,21 @@ def main():
     paths = [path for root in args.data_path for path in training_paths(root)]
     if not paths:
         raise UserError(f"--data-path {' '.join(map(str, args.data_path))}: no training image outside test.csv")
-    args.output.mkdir(parents=True, exist_ok=True)
+    claim(args, paths)
     torch.manual_seed(args.global_seed)
     vae = build(args.widths).to(device, memory_format=torch.channels_last)
     ema = build(args.widths).to(device)
     ema.load_state_dict(vae.state_dict())
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(paths)} training images, {device}")
-    started = time.time()
-    images = [load_image(path) for path in tqdm(paths, desc="reading", unit="image", mininterval=5)]
-    train(args, vae, ema, images, device)
+    started = time.monotonic()
+    images = [load_image(path) for path in progress_bar(paths, total=len(paths), unit="images", title="reading")]
+    with runtime.Interruption() as interruption:
+        done = train(args, vae, ema, images, device, interruption)
+    if not done:
+        sys.exit(interruption.exit_code)
     ema.register_to_config(scaling_factor=1 / latent_std(ema, paths, device))
-    ema.half().save_pretrained(args.output)
-    print(f"{args.output}: written after {(time.time() - started) / 60:.0f} minutes")
+    save(ema.half(), args.output)
+    print(f"{args.output}: written after {(time.monotonic() - started) / 60:.0f} minutes")
     score(args.output, args.data_path, args.sizes, device)
 
 
@@ -177,6 +213,7 @@ def parser():
     p = Parser(__doc__)
     p.add_argument("--data-path", type=Path, nargs="+", required=True, metavar="ROOT",
                    help="prepared data roots (prepare_data.py); their test.csv is held out")
+    outside.add_flag(p)
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--steps", type=integer(1), default=5000, help="optimiser steps")
     p.add_argument("--batch-size", type=integer(1), default=16, help="crops per step")

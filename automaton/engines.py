@@ -4,10 +4,10 @@
 half the arithmetic. It rests on two facts (a call has one input and one condition, and half of the cells rest):
 
     a cell that does not fire now needs no query, no MLP and no update;
-    a cell that did not fire at the last step still has the embedding, key and value it had before.
+    a cell that did not fire at the last step still has the key and value it had before.
 
-So a cache holds the embedding, key and value of every cell, and each step (a) renews the rows of the cache whose cells
-fired at the last step, then (b) computes the update of the cells that fire now, from the cache.
+So a cache holds the key and value of every cell, and each step (a) renews the rows of the cache whose cells fired at
+the last step, then (b) computes the update of the cells that fire now, from their states and the cache.
 
 Training must go backward through this. `_Recomputed` keeps little of the forward pass and computes most of it again:
 
@@ -24,6 +24,8 @@ the output and hidden channels, `m` the modulation, `fire` (steps, N, L) bool wh
 cells of one image, that a step computes.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from automaton import graphs
 from automaton.rule import Cache, Modulation
 
 
@@ -52,9 +55,10 @@ def dense(rule, base, state, m, fire, grid):
     """Every cell at every step; in training, with `rule.checkpoint_steps`, each step is computed again for backward."""
 
     def step(state, fires, *m):
-        m = Modulation(*m)
-        e, k, v = rule.cache(base, state, m)  # (N, L, D) each
-        return state + fires[..., None] * rule.step_update(e, k, v, m, None, grid)  # (N, L, S)
+        m, e = Modulation(*m), rule.embed(base, state)  # (N, L, D)
+        q, k, v = rule.project(e, m, "qkv")  # (N, L, D) each
+        attended = rule.attend(q.flatten(0, 1), k, v, None, grid).view_as(e)  # (N, L, D)
+        return state + fires[..., None] * rule.update(e, attended, m)  # (N, L, S)
 
     again = rule.checkpoint_steps and torch.is_grad_enabled()
     for fires in fire.to(state.device, non_blocking=True):  # (N, L)
@@ -64,6 +68,8 @@ def dense(rule, base, state, m, fire, grid):
 
 def asynchronous(rule, base, state, m, fire, grid):
     """Only the cells that fire, and the cache of those that fired at the step before."""
+    if graphs.wanted(state):
+        return _replayed(rule, base, state, m, fire, grid)
     steps = firing_rows(fire, state.device)
     if not torch.is_grad_enabled():
         return _in_place(rule, base, state.clone(), m, steps, grid)
@@ -80,15 +86,21 @@ class Step:
 
     `rows` (N·R,): indices into the N·L cells. R is the largest number of firing cells of any image. An image with fewer
     is filled up with cells that rest, where `fires` (N, R, 1) is 0: then all images have the same number of rows, and
-    what is one per image (the modulation) broadcasts over them without a copy.
+    what is one per image (the modulation) broadcasts over them without a copy. With `image` (R,), the image of each
+    row, the rows of all images stand in one list, (1, R, D), and the modulation is looked up for each: what is fused
+    reads it once either way, and only the list is filled up.
     """
 
-    def __init__(self, rows, fires):
-        self.rows, self.fires = rows, fires
+    def __init__(self, rows, fires, image=None):
+        self.rows, self.fires, self.image = rows, fires, image
+
+    def modulation(self, m):
+        """What broadcasts over the rows: of Modulation (N, 1, D)."""
+        return m if self.image is None else Modulation(*(part[:, 0].index_select(0, self.image)[None] for part in m))
 
     def of(self, cells):
         """(N, L, D) -> its rows (N, R, D)."""
-        return cells.flatten(0, 1).index_select(0, self.rows).view(len(cells), -1, cells.shape[-1])
+        return cells.flatten(0, 1).index_select(0, self.rows).view(*self.fires.shape[:2], cells.shape[-1])
 
     def put(self, cells, values):
         """A copy of (N, L, D) with other rows (N, R, D)."""
@@ -110,28 +122,23 @@ class Step:
 def firing_rows(fire, device):
     """fire (steps, N, L) bool on the CPU -> a Step on `device` for every step at which any cell fires."""
     most = fire.sum(2).amax(1).tolist()  # shapes must be known on the host; everything else happens on the device
+    order, fire = _fireable(fire, device)
+    return [_step(cells[:, :count], fires) for cells, fires, count in zip(order, fire, most, strict=True) if count]
+
+
+def _fireable(fire, device):
+    """-> of each image the cells of each step, those that fire first (steps, N, L), and `fire`; both on `device`."""
     fire = fire.to(device, non_blocking=True)
-    order = fire.byte().argsort(dim=2, descending=True, stable=True)  # of each image the cells that fire come first
-    first = torch.arange(fire.shape[1], device=device)[:, None] * fire.shape[2]  # (N, 1): index of cell 0 of each image
-    steps = []
-    for fires, cells, count in zip(fire, order, most, strict=True):
-        if count:
-            cells = cells[:, :count]  # (N, R)
-            steps.append(Step((cells + first).flatten(), fires.gather(1, cells)[..., None]))
-    return steps
+    return fire.byte().argsort(dim=2, descending=True, stable=True), fire
 
 
-# ---- forward
+def _step(cells, fires, image=None):
+    """The Step of these cells (N, R) of each image; fires (N, L) bool."""
+    first = torch.arange(len(fires), device=fires.device)[:, None] * fires.shape[1]  # (N, 1): cell 0 of each image
+    return Step((cells + first).flatten(), fires.gather(1, cells)[..., None], image)
 
 
-def _in_place(rule, base, state, m, steps, grid):
-    """Without gradients: state and cache are overwritten."""
-    cache = fired = None
-    for step in steps:
-        cache = _first_cache(rule, base, state, m) if cache is None else _renew_(rule, cache, base, state, m, fired)
-        _move_(rule, cache, state, m, step, grid)
-        fired = step
-    return state
+# ---- the parts of a step; in place, so that torch.compile can fuse each with the reading and writing of its rows
 
 
 def _first_cache(rule, base, state, m):
@@ -140,16 +147,76 @@ def _first_cache(rule, base, state, m):
 
 
 def _renew_(rule, cache, base, state, m, fired):
-    """Compute the cache of the rows `fired` from the state as it is now, in place."""
-    for part, values in zip(cache, rule.cache(fired.of(base), fired.of(state), m), strict=True):
-        fired.put_(part, values)
-    return cache
+    """Compute the cache of the rows `fired` from the state as it is now."""
+    values = rule.cache(fired.of(base), fired.of(state), fired.modulation(m))
+    for part, value in zip(cache, values, strict=True):
+        fired.put_(part, value)
 
 
-def _move_(rule, cache, state, m, step, grid, linear=F.linear):
-    """Add the update of one step to the state, in place."""
-    update = rule.step_update(step.of(cache.e), cache.k, cache.v, m, step.rows, grid, linear)  # (N, R, S)
+def _ask(rule, base, state, m, step, linear=F.linear):
+    """Embeddings and queries of the rows of a step, (N, R, D) each."""
+    return rule.query(step.of(base), step.of(state), step.modulation(m), linear)
+
+
+def _answer_(rule, e, attended, state, m, step, linear=F.linear):
+    """Add to the state what the rows make of what they attended to."""
+    update = rule.update(e, attended.view_as(e), step.modulation(m), linear)  # (N, R, S)
     step.put_(state, step.of(state) + step.fires * update)
+
+
+class Parts(NamedTuple):
+    """The functions above, or what torch.compile makes of them."""
+
+    first_cache: Callable = _first_cache
+    renew_: Callable = _renew_
+    ask: Callable = _ask
+    answer_: Callable = _answer_
+
+    def move_(self, rule, cache, base, state, m, step, grid, linear=F.linear):
+        """Add the update of one step to the state, in place."""
+        e, q = self.ask(rule, base, state, m, step, linear)
+        attended = rule.attend(q.flatten(0, 1), *cache, step.rows, grid)  # (N·R, D)
+        self.answer_(rule, e, attended, state, m, step, linear)
+
+
+@lru_cache(maxsize=1)
+def _fused():
+    """For any number of cells, so that it happens once."""
+    return Parts(*(torch.compile(part, dynamic=True) for part in Parts()))
+
+
+# ---- forward
+
+
+def _in_place(rule, base, state, m, steps, grid):
+    """Without gradients: state and cache are overwritten."""
+    cache, fired, parts = None, None, _fused() if rule.fused else Parts()
+    for step in steps:
+        if cache is None:
+            cache = parts.first_cache(rule, base, state, m)
+        else:
+            parts.renew_(rule, cache, base, state, m, fired)
+        parts.move_(rule, cache, base, state, m, step, grid)
+        fired = step
+    return state
+
+
+def _replayed(rule, base, state, m, fire, grid):
+    """The same by a CUDA graph: as many rows at every step, of cells that rest where fewer fire."""
+    if rule.fused:  # one list of the cells of all images
+        fire = fire.flatten(1)[:, None]  # (steps, 1, N·L)
+    most = int(fire.sum(2).max())
+    count = min(-(-most // graphs.ROUND) * graphs.ROUND, fire.shape[2])
+    order, fire = _fireable(fire, state.device)
+    cells = state.shape[1]
+
+    def call(base, state, order, fire, *m):
+        image = [part.flatten() // cells if rule.fused else None for part in order]
+        steps = [_step(*parts) for parts in zip(order, fire, image, strict=True)]
+        return _in_place(rule, base, state.clone(), Modulation(*m), steps, grid)
+
+    inputs = [base, state, order[..., :count].contiguous(), fire, *m]
+    return graphs.replay(rule, (grid, rule.fused), call, inputs).clone()
 
 
 def _everything_kept(rule, base, state, m, steps, grid):
@@ -161,8 +228,8 @@ def _everything_kept(rule, base, state, m, steps, grid):
         else:
             renewed = rule.cache(fired.of(base), fired.of(state), m)
             cache = Cache(*(fired.put(part, values) for part, values in zip(cache, renewed, strict=True)))
-        update = rule.step_update(step.of(cache.e), cache.k, cache.v, m, step.rows, grid)
-        state = step.put(state, step.of(state) + step.fires * update)
+        old = step.of(state)  # (N, R, S)
+        state = step.put(state, old + step.fires * rule.step_update(step.of(base), old, *cache, m, step.rows, grid))
         fired = step
     return state
 
@@ -223,7 +290,7 @@ class Moved(NamedTuple):
 
 
 class Overwritten(NamedTuple):
-    """Kept of the rows of the cache that were renewed before a step: what stood there. (Embeddings cost nothing.)"""
+    """Kept of the rows of the cache that were renewed before a step: what stood there."""
 
     k: torch.Tensor  # (N, R, D)
     v: torch.Tensor  # (N, R, D)
@@ -251,7 +318,7 @@ class _Recomputed(torch.autograd.Function):
                 overwritten.append(Overwritten(fired.of(cache.k), fired.of(cache.v)))
                 _renew_(rule, cache, base, state, m, fired)
             old, products = step.of(state), Recorder()
-            _move_(rule, cache, state, m, step, grid, products)
+            Parts().move_(rule, cache, base, state, m, step, grid, products)
             moved.append(Moved(old, *products.results))
             fired = step
         # Parameters are saved only so that PyTorch notices if they change before backward.
@@ -296,39 +363,37 @@ class _Backward:
     def walk(self, steps, moved, overwritten):
         """From the last step to the first; `moved` has an entry per step, `overwritten` one per step but the first."""
         for i in reversed(range(len(steps))):
-            # The cache is that of step i. Its update read it, and the rows of the state are those before the update.
-            self.through_move(steps[i], moved[i].products)
-            steps[i].put_(self.state, moved[i].old_state)  # the state as it was before step i
+            steps[i].put_(self.state, moved[i].old_state)  # the state as it was before step i; so is the cache
+            self.through_move(steps[i], moved[i])
             if i:  # before it, the rows that had fired at step i - 1 were renewed from this state
-                self.through_renewal(steps[i - 1], moved[i - 1].old_state, overwritten[i - 1])
+                self.through_renewal(steps[i - 1], overwritten[i - 1])
         if steps:
             self.through_first_cache()
 
-    def through_move(self, step, products):
-        """state += fires · update(embeddings of the rows, keys and values of all cells)."""
+    def through_move(self, step, moved):
+        """state += fires · update(base and state of the rows, keys and values of all cells)."""
 
-        def update(e, k, v, m):
-            return [self.rule.step_update(e, k, v, m, step.rows, self.grid, Replay(products))]
+        def update(base, state, k, v, m):
+            return [self.rule.step_update(base, state, k, v, m, step.rows, self.grid, Replay(moved.products))]
 
-        e, k, v = self.cache
         # The state itself passes on its gradient unchanged (state + ...): only the update is differentiated.
-        grad_e, grad_k, grad_v = self.differentiate(update, [step.of(e), k, v], [step.fires * step.of(self.grad_state)])
-        step.add_(self.grad_cache[0], grad_e)
-        self.grad_cache[1] += grad_k
-        self.grad_cache[2] += grad_v
+        grad_base, grad_state, grad_k, grad_v = self.differentiate(
+            update, [step.of(self.base), moved.old_state, *self.cache], [step.fires * step.of(self.grad_state)])
+        step.add_(self.grad_base, grad_base)
+        step.add_(self.grad_state, grad_state)
+        self.grad_cache[0] += grad_k
+        self.grad_cache[1] += grad_v
 
-    def through_renewal(self, fired, old_state, old):
+    def through_renewal(self, fired, old):
         """cache[rows] = cache(base[rows], state[rows]), the rows `fired`; then undo it.
 
         What stood in these rows before has no part in the new values: its gradient starts again at 0.
         """
-        base = fired.of(self.base)
-        grad_base, grad_state = self.through_cache(base, fired.of(self.state),
+        grad_base, grad_state = self.through_cache(fired.of(self.base), fired.of(self.state),
                                                    [fired.of(grad) for grad in self.grad_cache])
         fired.add_(self.grad_base, grad_base)
         fired.add_(self.grad_state, grad_state)
-        before = Cache(self.rule.embed(base, old_state), old.k, old.v)  # made from the state before they fired
-        for grad, part, values in zip(self.grad_cache, self.cache, before, strict=True):
+        for grad, part, values in zip(self.grad_cache, self.cache, old, strict=True):
             fired.clear_(grad)
             fired.put_(part, values)
 
@@ -340,7 +405,7 @@ class _Backward:
 
     def through_cache(self, base, state, grad_cache):
         """Gradients of `LocalRule.cache` to base and state. Nobody reads keys and values here: any numbers will do."""
-        unread = self.cache[1].new_empty(1).expand(*base.shape[:2], 2 * base.shape[2])
+        unread = self.cache[0].new_empty(1).expand(*base.shape[:2], 2 * base.shape[2])
         return self.differentiate(lambda base, state, m: self.rule.cache(base, state, m, Replay([unread])),
                                   [base, state], grad_cache)
 

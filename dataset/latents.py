@@ -7,20 +7,24 @@ see a new draw and mirror each time (the published extraction freezes one of eac
 one features_{fold}/{i}.npy and labels_{fold}/{i}.npy per image, is read too.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
-from core.files import read_json, write_atomically, write_json
-from dataset.root import file_sizes, fingerprint
-from dataset.vae import same_weights
+from core.files import file_hash, read_array, read_json, refused, write_json
+from core.tensors import read_tensors, write_tensors
+from dataset import contents
+from dataset.vae import same_latents
 
-FORMAT = 1
+FORMAT = 2
+AGAIN = "remove the folder and extract again"
+MANIFEST = {"vae": str, "filenames": [str], "label_names?": [str], "format?": int, "image_size?": int, "csv?": str,
+            "csv_sha256?": str, "states?": [[int]], "contents?": [str]}  # schema of manifest.json (core/schema.py)
+DIMENSIONS = {"first": 0, "mean": 5, "labels": 2}  # of the tensors of a shard
 SHARD = 2048  # images; what a killed extraction loses is less than one shard of each process
 
 
@@ -75,16 +79,22 @@ def manifest_of(split, codec, image_size):
     """What a cache of these images through this codec must say of itself."""
     return {
         "format": FORMAT, "vae": codec.identity, "image_size": image_size, "label_names": list(split.label_names),
-        "csv": split.csv.name, "csv_sha256": fingerprint(split), "image_bytes": file_sizes(split),
-        "filenames": list(split.filenames),
+        "csv": split.csv.name, "csv_sha256": file_hash(split.csv), "filenames": list(split.filenames),
+        "states": [list(contents.state(path)) for path in split.paths], "contents": contents.hashes(split.paths),
     }
+
+
+def remember(manifest, split):
+    """Take the contents of images that nobody has touched since extraction from the manifest, without reading them."""
+    if all(len(manifest.get(key, ())) == len(split) for key in ("filenames", "states", "contents")):
+        contents.remember(split.paths, manifest["states"], manifest["contents"])
 
 
 def differences(manifest, expected):
     """Names of the manifest entries that differ, most telling first."""
-    foreign = [] if same_weights(manifest.get("vae"), expected["vae"]) else ["vae"]
-    return foreign + [key for key in ("format", "image_size", "label_names", "csv_sha256", "filenames", "image_bytes")
-                      if manifest.get(key) != expected[key]]
+    keys = ("format", "image_size", "label_names", "csv_sha256", "filenames", "contents")  # not "states"
+    foreign = [] if same_latents(manifest.get("vae"), expected["vae"]) else ["vae"]
+    return foreign + [key for key in keys if manifest.get(key) != expected[key]]
 
 
 def folder(features_path, fold):
@@ -95,15 +105,15 @@ def folder(features_path, fold):
 def read_manifest(path):
     """The manifest of a cache folder, or None if it has none."""
     file = Path(path) / "manifest.json"
-    return read_json(file, f"remove {path} and extract again") if file.is_file() else None
+    return read_json(file, f"remove {path} and extract again", MANIFEST) if file.is_file() else None
 
 
 def write_shard(path, first, mean, std, labels):
     """Write images that follow each other, `first` being the number of the first."""
-    tensors = {"first": torch.tensor(first), "mean": mean.contiguous(), "labels": labels.contiguous()}
+    tensors = {"first": torch.tensor(first), "mean": mean, "labels": labels}
     if std.any():
-        tensors["std"] = std.contiguous()
-    write_atomically(Path(path) / f"shard-{first:08d}.safetensors", lambda file: save_file(tensors, file))
+        tensors["std"] = std
+    write_tensors(Path(path) / f"shard-{first:05d}.safetensors", tensors)
 
 
 def finished(path, n):
@@ -115,7 +125,7 @@ def finished(path, n):
 
 
 def remove_damaged(path):
-    """Remove shards that cannot be read, which a killed extraction may have left."""
+    """Remove shards that are not whole."""
     for file in Path(path).glob("shard-*.safetensors"):
         if _held(file) == (0, 0):
             file.unlink()
@@ -124,10 +134,10 @@ def remove_damaged(path):
 def _held(file):
     """First and last + 1 of the images that a shard holds; (0, 0) if it is damaged."""
     try:
-        with safe_open(file, "pt") as shard:
-            first = int(shard.get_tensor("first"))
-            return first, first + shard.get_slice("labels").get_shape()[0]
-    except (OSError, ValueError, SafetensorError):
+        shard, _ = read_tensors(file, "", sealed=True)
+        first = int(shard["first"])
+        return first, first + len(shard["labels"])
+    except (UserError, KeyError, ValueError):
         return 0, 0
 
 
@@ -146,12 +156,14 @@ def load(features_path, fold):
     manifest = read_manifest(path)
     if manifest is None:
         return _load_published(path, Path(features_path) / f"labels_{fold}")
-    shards = sorted((_whole(file, load_file) for file in path.glob("shard-*.safetensors")),
-                    key=lambda s: int(s.get("first", 0)))
-    names = manifest.get("filenames")
-    n = len(names) if isinstance(names, list) else 0
-    if not shards or not all({"first", "mean", "labels"} <= s.keys() for s in shards):
-        raise UserError(f"{path}: holds no whole shard, its manifest says {n} latents; remove it and extract again")
+    again = f"remove {path} and extract again"
+    with ThreadPoolExecutor(4) as pool:  # their checksums are computed
+        shards = list(pool.map(lambda file: _shard(file, again), path.glob("shard-*.safetensors")))
+    shards.sort(key=lambda shard: int(shard["first"]))
+    n = len(manifest["filenames"])
+    shapes = {(s["mean"].shape[1:], s["labels"].shape[1:]) for s in shards}
+    if len(shapes) != 1:
+        raise UserError(f"{path}: holds shards of {len(shapes)} kinds, its manifest says {n} latents; {again}")
     counts = [len(s["mean"]) for s in shards]
     if sum(counts) != n or [int(s["first"]) for s in shards] != np.cumsum([0, *counts]).tolist()[:-1]:
         raise UserError(f"{path}: holds {sum(counts)} latents, its manifest says {n}; remove it and extract again")
@@ -169,20 +181,22 @@ def _load_published(path, labels_path):
     if set(names) != label_names:
         odd = sorted(set(names) ^ label_names)[0]
         raise UserError(f"{path} and {labels_path}: {odd}.npy is in only one of them; extract again")
-    mean = np.stack([_whole(path / f"{name}.npy", np.load)[0] for name in names])[:, None]
-    labels = np.stack([_whole(labels_path / f"{name}.npy", np.load).reshape(-1) for name in names])
+    with refused(path, f"remove {path} and {labels_path} and extract again"):  # arrays of several shapes
+        mean = np.stack([read_array(path / f"{name}.npy", AGAIN, 4)[0] for name in names])[:, None]
+        labels = np.stack([read_array(labels_path / f"{name}.npy", AGAIN, (1, 2)).reshape(-1) for name in names])
     return LatentCache(path, {}, torch.tensor(mean).float(), None, torch.tensor(labels).float())
 
 
-def _whole(file, read):
-    """`read(file)`; UserError if the file is damaged, as by an interrupted copy."""
-    try:
-        return read(file)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove {file.parent} and extract again") from None
+def _shard(file, again):
+    """The tensors of a shard. Raises UserError if it is damaged, as by an interrupted copy, or something else."""
+    tensors, _ = read_tensors(file, again, sealed=True)
+    found = {name: tensors[name].ndim for name in DIMENSIONS if name in tensors}
+    if found != DIMENSIONS or tensors.get("std", tensors["mean"]).shape != tensors["mean"].shape:
+        raise UserError(f"{file}: damaged (found tensors with dimensions {found}, expected {DIMENSIONS}); {again}")
+    return tensors
 
 
-CHANGED = {"csv_sha256": "{csv} has changed", "filenames": "{csv} has changed", "image_bytes": "images have changed"}
+CHANGED = {"csv_sha256": "{csv} has changed", "filenames": "{csv} has changed", "contents": "images have changed"}
 
 
 def same_rows(a, b):
@@ -200,8 +214,6 @@ def check(cache, expected, labels, codec, cells):
     if tuple(cache.labels.shape) != shape:
         raise UserError(f"{cache.path}: {len(cache)} latents with {cache.labels.shape[1]} labels, but "
                         f"{expected['csv']} has {shape[0]} images with {shape[1]}; extract again")
-    if not cache.manifest and not same_rows(cache.labels, labels):
-        raise UserError(f"{cache.path}: its labels are not those of {expected['csv']}; extract again")
     wrong = differences(cache.manifest, expected) if cache.manifest else []
     if wrong and wrong[0] in CHANGED:
         raise UserError(f"{cache.path}: {CHANGED[wrong[0]].format(**expected)} since extraction; remove it and extract "
@@ -210,3 +222,6 @@ def check(cache, expected, labels, codec, cells):
         own, wanted = (str(m.get(wrong[0]))[:60] for m in (cache.manifest, expected))
         raise UserError(f"{cache.path}: {wrong[0]} is {own}, expected {wanted}; give the flags it was made with "
                         "or remove it and extract again")
+    labels = torch.as_tensor(labels)
+    if not (torch.equal(cache.labels, labels) if cache.manifest else same_rows(cache.labels, labels)):
+        raise UserError(f"{cache.path}: its labels are not those of {expected['csv']}; remove it and extract again")

@@ -64,8 +64,9 @@ def pairs(real, generated, captions, columns=8):
 
 
 def caption(labels, names):
-    """What an image shows: the names of its labels; labels (K,) 0 or 1, K names."""
-    return ", ".join(name for name, value in zip(names, labels, strict=True) if value) or "no label"
+    """What an image shows: the names of its labels, soft ones with their values; labels (K,) from 0 to 1, K names."""
+    return ", ".join(name if value == 1 else f"{name}={value:.2g}"
+                     for name, value in zip(names, labels, strict=True) if value) or "no label"
 
 
 def _font():

@@ -1,14 +1,14 @@
 """A set of images: the files, and what is known of each of them."""
 
-import hashlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from core.random import generator
+from dataset import contents
+from dataset.patients import same_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,12 @@ class LabelledImages:
         order = torch.randperm(len(self), generator=generator(*seed)).tolist()
         return self.take(sorted(order[:count])), self.take(sorted(order[count:]))
 
-    @cached_property
+    @property
     def digest(self):
         """SHA-256 over the contents of the files, in their order."""
-        total = hashlib.sha256()
-        for path in self.paths:
-            total.update(hashlib.sha256(Path(path).read_bytes()).digest())
-        return total.hexdigest()
+        return contents.digest(self.paths)
+
+    @property
+    def known_patients(self):
+        """The patients as they are compared (`same_name`), without those that the CSV does not name."""
+        return {same_name(patient) for patient in {*self.patients} - {*self.filenames}} if self.patients else set()

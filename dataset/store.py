@@ -1,6 +1,5 @@
 """Put the images of a collection into a data root, several at a time."""
 
-import hashlib
 import os
 import shutil
 from collections import deque
@@ -12,8 +11,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from core.errors import UserError
-from dataset.images import center_crop, load_image
+from core.files import json_line, read_jsonl, write_atomically, write_text
+from dataset import contents
+from dataset.images import center_crop, load_image, pixel_hash
 
+MADE = ("name", "digest", "size", "linked")  # what is known of an image when it is stored
 WAITING = 4  # images per worker that are read ahead: memory does not grow with the collection
 
 
@@ -58,7 +60,7 @@ def store(collection, root, options, progress):
 
     `progress` wraps an iterator of finished images. Raises UserError for names that meet, and for unreadable files.
     """
-    names, rows = {}, []
+    names, journal = {}, Journal(root / "stored.jsonl")
 
     def finished():
         with ThreadPoolExecutor(options.workers) as pool:
@@ -68,22 +70,64 @@ def store(collection, root, options, progress):
                 if other is not record:
                     raise UserError(f"two images want the name {record.name}: {other.file or 'drawn'} and "
                                     f"{record.file or 'drawn'}; rename one of them")
-                waiting.append(pool.submit(_store_one, record, root, options))
+                waiting.append((record, pool.submit(_store_one, record, root, options, journal.find(record))))
                 if len(waiting) > WAITING * options.workers:
-                    yield waiting.popleft().result()
+                    yield taken(*waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield taken(*waiting.popleft())
 
-    rows.extend(progress(finished()))
+    def taken(record, task):
+        return (record.labels, record.patient, record.eye, record.split), journal.add(record, task.result())
+
+    rows = list(progress(finished()))
+    journal.close()
     if not rows:
         raise UserError("found no image in this source; check --input")
-    return Stored(*(np.array(column) for column in zip(*rows, strict=True)))
+    known, made = zip(*rows, strict=True)
+    labels, patients, eyes, splits = map(np.array, zip(*known, strict=True))
+    names, digests, sizes, linked = (np.array([one[key] for one in made]) for key in MADE)
+    return Stored(names, labels, patients, eyes, splits, digests, sizes, linked)
 
 
-def _store_one(record, root, options):
-    """One record -> its row of Stored."""
+class Journal:
+    """What has been stored in an unfinished root: a line for each image, so that a killed job goes on behind it."""
+
+    def __init__(self, path):
+        self.path = path
+        lines = read_jsonl(path, "remove its folder") if path.is_file() else []
+        self.known = {line["record"]: line for line in lines}
+        write_text(path, "".join(map(json_line, lines)))  # without a torn one
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open)
+
+    def find(self, record):
+        """What `add` was given for a record whose file nobody has touched since; None where it must be stored."""
+        line = self.known.get(record.name)
+        return line if line and line["state"] == _state(record) else None
+
+    def add(self, record, made):
+        """Note what was made of a record (a dict with the keys MADE) -> the same."""
+        if made is not self.known.get(record.name):
+            self.file.write(json_line({"record": record.name, "state": _state(record), **made}))
+            self.file.flush()
+        return made
+
+    def close(self):
+        """All is stored: nobody needs it."""
+        self.file.close()
+        self.path.unlink()
+
+
+def _state(record):
+    """What tells whether the file of a record is as it was; a drawn one always is."""
+    return list(contents.state(record.file)) if record.file else None
+
+
+def _store_one(record, root, options, known):
+    """One record -> dict with the keys MADE; `known` where it is stored already."""
+    if known is not None and (root / known["name"]).is_file():
+        return known
     pixels = load_image(record.file) if record.file else np.asarray(record.draw())
-    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    digest = pixel_hash(pixels)
     as_is = record.file and not options.changes_pixels
     suffix = record.file.suffix.lower() if as_is else ".png"
     filename = str(PurePosixPath("images") / f"{record.name}{suffix}")
@@ -92,20 +136,22 @@ def _store_one(record, root, options):
     if as_is:
         linked = _place(record.file, root / filename, options.copy)
     else:
-        changed(Image.fromarray(pixels), options).save(root / filename)
+        picture = changed(Image.fromarray(pixels), options)
+        write_atomically(root / filename, lambda path: picture.save(path, format="PNG"))
     height, width = pixels.shape[:2]
-    return (filename, record.labels, record.patient, record.eye, record.split, digest, (width, height), linked)
+    return {"name": filename, "digest": digest, "size": [width, height], "linked": linked}
 
 
 def _place(file, target, copy):
     """Link a file, or copy it where it cannot be linked -> whether it is a link."""
     if not copy:
         try:
+            target.unlink(missing_ok=True)  # a killed job may have left it
             os.link(file.resolve(), target)
             return True
         except OSError:  # another file system, or one without links
             pass
-    shutil.copyfile(file, target)
+    write_atomically(target, lambda temporary: shutil.copyfile(file, temporary))
     return False
 
 

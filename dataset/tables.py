@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
+from core.text import one_line
+from dataset import outside
 
 ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")  # the first that fits
 DELIMITERS = ",;\t|"
+SNIFFED = 4096  # characters of the header by which the delimiter is found
 GRADES = ("NODR", "MILD", "MODERATE", "SEVERE", "PDR")  # of diabetic retinopathy, international scale 0 to 4
 
 
@@ -44,66 +47,96 @@ class Table:
 def read_table(path):
     """A delimited text file with a header -> Table.
 
-    Columns without a name and without a value are dropped. Raises UserError for a missing, empty or binary file, for
-    two columns of one name, and for rows that are longer or shorter than the header.
+    Columns without a name and without a value are dropped. Raises UserError for what `read_cells` refuses, and for two
+    columns of one name.
     """
-    header, *lines = _records(path)
-    names = [name.strip() for name in header]
+    header, lines = read_cells(path)
+    names = [one_line(name).strip() for name in header]
     if len(names) == 1 and not lines:
         raise UserError(f"{path}: holds a header and no row; check the file")
-    kept = [i for i, name in enumerate(names) if name or any(len(cells) > i and cells[i].strip() for _, cells in lines)]
+    kept = [i for i, name in enumerate(names) if name or any(cells[i].strip() for _, cells in lines)]
     named = [names[i] or f"column {i + 1}" for i in kept]
-    twice = next((name for name in named if named.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{path}: has two columns {twice!r}; rename or remove one")
+    refuse_twice(path, named)
     rows = []
     for number, cells in lines:
-        where = f"{path}, line {number}"
-        if len(cells) > len(names) and not any(cell.strip() for cell in cells[len(names):]):
-            cells = cells[:len(names)]
-        if len(cells) != len(names):
-            raise UserError(f"{where}: {len(cells)} cells, expected {len(names)} as in the header; check its quotes")
-        row = Row({name: cells[i].strip() for name, i in zip(named, kept, strict=True)})
-        row.where = where
+        row = Row({name: one_line(cells[i]).strip() for name, i in zip(named, kept, strict=True)})
+        row.where = f"{path}, line {number}"
         rows.append(row)
     return Table(Path(path), tuple(named), rows)
 
 
-def _records(path):
-    """Header, then (line number, cells) of every line that is not empty."""
+def read_cells(path, encodings=ENCODINGS, delimiters=DELIMITERS):
+    """A delimited text file -> names of its columns, [(line number, cells)] of all other lines that are not empty.
+
+    Raises UserError, with the line, for a missing, empty or binary file, another encoding, quotes that are not closed,
+    fields above 131,072 characters, and for rows that are longer or shorter than the header.
+    """
+    text, lines, start = _text(path, encodings), [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, delimiters), strict=True)
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                lines.append((reader.line_num, cells))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: is no table ({error}); check its quotes") from None
+    if not lines:
+        raise UserError(f"{path}: is empty; check the file")
+    (_, names), *lines = lines
+    for i, (number, cells) in enumerate(lines):
+        if not any(cell.strip() for cell in cells[len(names):]):
+            cells = cells[:len(names)]  # spreadsheets leave empty ones at the end
+        if len(cells) != len(names):
+            raise UserError(f"{path}, line {number}: {len(cells)} cells, expected {len(names)} as in the header; check "
+                            "its quotes")
+        lines[i] = number, cells
+    return names, lines
+
+
+def refuse_twice(path, names):
+    """Raise UserError where two columns of a table have one name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: has two columns {twice[:60]!r}; rename or remove one")
+
+
+def _text(path, encodings):
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if b"\0" in raw:
-        raise UserError(f"{path}: is no text (it holds NUL bytes); save it as CSV in UTF-8")
-    text = next(text for encoding in ENCODINGS if (text := _decoded(raw, encoding)) is not None)
+        raise UserError(f"{path}, line {_line_of(raw, raw.index(0))}: is no text (holds a NUL byte); save it as CSV in "
+                        "UTF-8")
+    for encoding in encodings:
+        try:
+            text = raw.decode(encoding)
+            break
+        except UnicodeDecodeError as error:
+            place = error.start
+    else:
+        raise UserError(f"{path}, line {_line_of(raw, place)}: is not UTF-8 (byte 0x{raw[place]:02x}); save it "
+                        "as CSV in UTF-8")
     if not text.strip():
         raise UserError(f"{path}: is empty; check the file")
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
-        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error as error:
-        raise UserError(f"{path}: is no table ({error}); check its quotes") from None
-    return [lines[0][1], *lines[1:]]
+    return text
 
 
-def _decoded(raw, encoding):
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError:
-        return None
+def _line_of(raw, place):
+    """The number of the line that a byte stands in."""
+    return raw.count(b"\n", 0, place) + 1
 
 
-def _delimiter(text):
+def _delimiter(text, delimiters):
     """The delimiter that is in the header most often; outside of quotes, as far as csv's sniffer can tell."""
-    header = next(line for line in text.splitlines() if line.strip())
-    if not any(d in header for d in DELIMITERS):
-        return ","
+    header = next(line for line in text.splitlines() if line.strip())[:SNIFFED]
+    found = [d for d in delimiters if d in header]
+    if len(found) < 2:
+        return (found or [","])[0]
     try:
-        return csv.Sniffer().sniff(header, DELIMITERS).delimiter
+        return csv.Sniffer().sniff(header, delimiters).delimiter
     except csv.Error:
-        return max(DELIMITERS, key=header.count)
+        return max(delimiters, key=header.count)
 
 
 def _plain(name):
@@ -138,14 +171,17 @@ def find_image(folder, name, suffixes):
     Raises UserError for a name that leads out of the folder.
     """
     relative = Path(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts:
+    if relative.is_absolute() or ".." in relative.parts:  # whatever is allowed: records are named by their place in it
         raise UserError(f"{name}: leads out of {folder}; give a path below it")
     if not relative.name:
         return None
     exact = folder / relative
     stem = exact.with_suffix("") if exact.suffix.lower() in suffixes else exact
     spelt = [spelt for suffix in suffixes for spelt in (suffix, suffix.upper(), suffix.title())]
-    return next(filter(os.path.isfile, (exact, *(stem.with_name(stem.name + suffix) for suffix in spelt))), None)
+    found = next(filter(os.path.isfile, (exact, *(stem.with_name(stem.name + suffix) for suffix in spelt))), None)
+    if found is not None:
+        outside.refuse(folder, [found.relative_to(folder)], name)
+    return found
 
 
 def find_images(rows, column, folder, suffixes):

@@ -1,22 +1,32 @@
 """From pixels to what the denoiser sees and back: a VAE's latents, or (`--image_space`) the pixels themselves.
 
-A codec has `channels` and `factor` (pixels per cell side), `identity` (a name and a hash of the weights, so that
-a cache can tell where its latents come from), `moments(images)` and `decode(latents)`.
+A codec has `channels` and `factor` (pixels per cell side), `identity` (a name, a hash of the weights and the scale of
+the latents, so that a cache can tell where its latents come from), `moments(images)` and `decode(latents)`.
 """
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from core.assets import ASSETS, weights_file, weights_hash
+from core.assets import ASSETS, DIFFUSERS, weights_file
 from core.errors import UserError, first_line
+from core.files import read_json
+from core.schema import Number
+from core.tensors import weights_hash
 
 NAMED = {  # --vae NAME -> where it comes from
     "ema": ASSETS["vae-ema"].source,
     "mse": ASSETS["vae-mse"].source,
     "retina": str(Path(__file__).resolve().parent.parent / "assets" / "vae-retina"),
+}
+WIDTH = Number(1, 4096)
+CONFIG = {  # of config.json: what is used here, or would make diffusers load something else
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels?": 3, "latent_channels?": Number(1, 256),
+    "block_out_channels": [WIDTH], "layers_per_block?": Number(1, 16), "norm_num_groups?": WIDTH,
+    "scaling_factor?": Number(1e-6, 1e6, whole=False), "quantization_config?": None, "auto_map?": None,
 }
 DECODED = 16  # images that are decoded together
 
@@ -42,7 +52,7 @@ class VaeCodec:
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
-        self.identity = f"{Path(name).name}:{weights_hash(self.vae)}"
+        self.identity = f"{Path(name).name}:{weights_hash(self.vae)}:x{self.scale:g}"
 
     @torch.no_grad()
     def moments(self, images):
@@ -84,21 +94,47 @@ def cells_per_side(image_size, codec):
     return image_size // codec.factor
 
 
-def same_weights(identity, other):
-    """Whether two codec identities `name:hash` mean the same weights; a folder may have been renamed."""
-    return str(identity).rpartition(":")[2] == str(other).rpartition(":")[2]
+def same_latents(identity, other):
+    """Whether codecs of two identities `name:hash:xSCALE` make the same latents; a folder may have been renamed.
+
+    Older files do not say the scale.
+    """
+    (weights, scale), (other_weights, other_scale) = _parts(str(identity)), _parts(str(other))
+    return weights == other_weights and (scale == other_scale or "" in (scale, other_scale))
+
+
+def weights_of(identity):
+    """The hash in a codec's identity."""
+    return _parts(identity)[0]
+
+
+def _parts(identity):
+    """Hash and scale of `name:hash:xSCALE`, `name:hash` or `pixels`; "" where there is none."""
+    rest, marked, scale = identity.rpartition(":x")
+    return (rest if marked else scale).rpartition(":")[2], scale if marked else ""
 
 
 def _load(name):
+    """The AutoencoderKL of a name or folder. Only numbers are read: config.json and one file of safetensors."""
     folder = NAMED.get(name, name)
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         if f"vae-{name}" not in ASSETS:
             raise UserError(f"--vae {name}: no such folder (expected {', '.join(NAMED)} or a diffusers VAE folder)")
         instead = ", or use the bundled autoencoder: --vae retina"
         folder = weights_file(ASSETS[f"vae-{name}"], f"--vae {name}", instead).parent
+    config, weights = (Path(folder) / file for file in DIFFUSERS)
+    if not (config.is_file() and weights.is_file()) or any(Path(folder).glob("*.index.json")):  # weights elsewhere
+        raise UserError(f"--vae {name}: expected the diffusers files {config.name} and {weights.name} in {folder}, "
+                        "with all weights (no other format is read: it might hold code); save it with save_pretrained")
+    read_json(config, "expected what diffusers saves of an AutoencoderKL", CONFIG)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of diffusers' about its own call of the hub
-            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True,
+                                                use_safetensors=True)
+        missing = [key for key, value in vae.state_dict().items() if value.is_meta]  # diffusers leaves those so
+        if missing:
+            raise ValueError(f"{weights.name} has no {missing[0]}")
+        return vae
+    except Exception as error:  # whatever diffusers finds wrong with the settings or weights of somebody else
         raise UserError(f"--vae {name}: not a diffusers AutoencoderKL folder ({first_line(error)})") from None

@@ -2,9 +2,9 @@
 
     x_0 = ddim_sample_loop(diffusion, denoise, x_T, noise)
 
-`denoise(x, t, state) -> (out, state)` is called once per visited step with the original step t (N,); what it returns
-as its state it is given at the next step (None at the first). `noise(shape)` gives the noise of one step, and is called
-once per step whether or not the sampler adds any: the draws that follow do not depend on the sampler.
+`denoise(x, t, state) -> (out, state)` is called once per visited step with the original step t (N,), on the CPU; what
+it returns as its state it is given at the next step (None at the first). `noise(shape)` gives the noise of one step,
+and is called once per step whether or not the sampler adds any: the draws that follow do not depend on the sampler.
 `regrid(x, state, t)`, if given, is called before each step with its original t (an int) and may move both to another
 grid (diffusion/multiscale.py). `on_step(i, prediction)`, if given, is called after each step.
 """
@@ -21,7 +21,7 @@ def predict(diffusion, denoise, x, state, k, regrid=None):
     if regrid:
         x, state = regrid(x, state, int(diffusion.timestep_map[k]))
     i = torch.full((len(x),), k)  # (N,)
-    out, state = denoise(x, diffusion.original(i, x.device), state)  # (N, 2C, H, W)
+    out, state = denoise(x, diffusion.original(i), state)  # (N, 2C, H, W)
     return x, state, i, diffusion.p_mean_variance(out, x, i)
 
 

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from core.assets import ASSETS, existing, open_timm, weights_file, weights_hash
+from core import efficientnet_lite
+from core.assets import ASSETS, existing, open_timm, weights_file
 from core.errors import UserError, first_line
+from core.tensors import weights_hash
 
 INSTEAD = ", or use --features retina, which is bundled"
 
@@ -129,6 +131,18 @@ class ClipFeatures(TimmFeatures):
     """
 
     model, own_head, size = "vit_base_patch32_clip_quickgelu_224.openai", True, 224
+
+
+class LiteFeatures(TimmFeatures):
+    """`imagenet-lite`: the pooled features (1280) of EfficientNet-Lite0, trained on ImageNet; no retina was among it.
+
+    The image, square already, is resized to 224 × 224, bicubic with antialias, and nothing is cropped away, so that
+    its border counts too (the authors, who classify photographs, cut off an eighth). Values go to [-1, 1], as timm has
+    it; TensorFlow's (v − 127) / 128 differs from that by 0.008 at most. Features are the mean over the 7 × 7 places of
+    the last layer before the classifier. The weights come out of the package index (core/efficientnet_lite.py).
+    """
+
+    model, size = efficientnet_lite.MODEL, 224
 
 
 class ClassifierFeatures:

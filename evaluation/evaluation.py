@@ -1,6 +1,5 @@
 """The scores of sets of images in one place: which network sees which set, and what a row of results.json holds."""
 
-import hashlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.images import load_image, load_images
-from evaluation.comparison import few_images, of_another_fold, over_seeds, same_method
+from dataset import leaks
+from dataset.images import load_image, load_images, pixel_hash
+from evaluation.comparison import few_images, leaks_of, leaks_of_classifier, over_seeds, same_method
 from evaluation.features import extract
 from evaluation.lpips import distances, diversity
 from metrics.classification import all_scores
@@ -22,6 +22,8 @@ from metrics.prdc import prdc
 from metrics.uncertainty import kid_interval, paired_difference, subsample_interval
 
 CLOSEST = 16  # pairs of sample and training image in the picture
+BOUND = 1e5  # of GG, FLD and likelihoods: exact copies of training images have no lowest GG
+LABELLED = 10  # images of a label, real and generated, from which on its KID is measured
 PAIRS = 4_000_000  # of training and generated images, up to which GG is fitted often enough for an interval
 
 
@@ -45,7 +47,7 @@ class Evaluation:
         self.settings, self.networks, self.sets = settings, networks, sets
         self.device = networks.devices[0]
         # A noise floor made of training images cannot say what GG and copies are without memorisation.
-        self.held_out = {*sets.floor.paths}.isdisjoint(sets.training.paths)
+        self.held_out = sets.floor is None or {*sets.floor.paths}.isdisjoint(sets.training.paths)
         self.known_features = {}  # (space, name of the set) -> (n, D)
         self.fld_baseline = None  # of the real images alone: computed once, for all rows
 
@@ -76,8 +78,8 @@ class Evaluation:
     # ---- a row
 
     def rows(self):
-        """The noise floor, then every generated set."""
-        return [self.row(images) for images in (self.sets.floor, *self.sets.generated)]
+        """The noise floor, where there are images for it, then every generated set."""
+        return [self.row(images) for images in (self.sets.floor, *self.sets.generated) if images]
 
     def row(self, images):
         """All scores of one set against the real images, as numbers, strings and dicts."""
@@ -85,7 +87,8 @@ class Evaluation:
         row = {"name": images.name, "folder": str(images.folder), "kind": "generated" if generated else "real",
                "images": len(images), "sha256": images.digest, "about": images.about,
                "kid": {}, "fid": {}, "fid_interval": {}, "fidelity": {}, "gg": None, "lpips": None,
-               "memorisation": None, "conditioning": None, "label_share": self.label_share(images)}
+               "memorisation": None, "conditioning": None, "label_share": self.label_share(images),
+               "kid_of_labels": self.kid_of_labels(images)}
         for space in networks.compared:
             real, made = self.features(space, self.sets.real), self.features(space, images)
             row["kid"][space] = self.kid(real, made)
@@ -107,6 +110,22 @@ class Evaluation:
             return None
         return dict(zip(self.sets.label_names, images.labels.mean(0).tolist(), strict=True))
 
+    def kid_of_labels(self, images):
+        """Label -> KID of the images that have it against the real ones that do, in the first space; None if unknown.
+
+        None for a label that fewer than LABELLED images of either set have.
+        """
+        if images.labels is None:
+            return None
+        space, scores = self.networks.compared[0], {}
+        real, made = self.features(space, self.sets.real), self.features(space, images)
+        for k, name in enumerate(self.sets.label_names):
+            have, asked = (s.labels[:, k] > 0.5 for s in (self.sets.real, images))
+            enough = min(have.sum(), asked.sum()) >= LABELLED
+            scores[name] = {"images": int(asked.sum()), "real_images": int(have.sum()), "kid": kid_interval(
+                real[have], made[asked], self.settings.resamples, self.settings.seed) if enough else None}
+        return scores
+
     def kid(self, real, made):
         """KID over subsets, and the unbiased estimate from all images with its interval."""
         s = self.settings
@@ -127,7 +146,8 @@ class Evaluation:
         self.fld_baseline = scores.baseline
         if len(train) * len(made) <= PAIRS:  # the baseline has no part in GG
             interval = self.interval(lambda x, y: fld(train, x, y, seed, self.device, baseline=0.0).gap, test, made)
-        return asdict(scores) | {"gap_interval": interval}
+        bounded = {name: max(-BOUND, min(BOUND, value)) for name, value in asdict(scores).items()}
+        return bounded | {"gap_interval": interval and [max(-BOUND, min(BOUND, value)) for value in interval]}
 
     def train_test_made(self, images):
         """Features in the space of GG: of the training images, the validation images, and this set."""
@@ -170,7 +190,7 @@ class Evaluation:
         return {"kind": "generation", "format_version": 1, "data": data, "image_size": s.image_size,
                 "seed": s.seed, "subsets": SUBSETS, "spaces": networks.compared, "gg_space": networks.gg,
                 "networks": networks.about(), "rows": rows, "paired": self.paired(), "over_seeds": over_seeds(rows),
-                "warnings": self.warnings(rows)}
+                "warnings": self.warnings(rows), "remarks": self.sets.remarks}
 
     def paired(self):
         """For every two methods on the same labels and with the same seed: the difference of their KID, a p-value."""
@@ -180,24 +200,26 @@ class Evaluation:
             if same_method(a, b) or a.about.get("seed") != b.about.get("seed") or not same_labels:
                 continue
             for space in self.networks.compared:
-                difference, p = paired_difference(*(self.features(space, s) for s in (self.sets.real, a, b)))
+                found = paired_difference(*(self.features(space, s) for s in (self.sets.real, a, b)))
                 comparisons.append({"a": a.name, "b": b.name, "space": space, "images": len(a),
-                                    "difference": difference, "p": p})
+                                    "difference": found.value, "p": found.p, "interval": [found.low, found.high]})
         return comparisons
 
     def warnings(self, rows):
         """What a reader should doubt."""
         lines = [line for space in self.networks.compared for line in few_images(rows, space, len(self.sets.real))]
+        if self.sets.without_floor:
+            lines.append(self.sets.without_floor)
         if not self.held_out:
             lines.append(f"{self.sets.real.folder}: has no test.csv; the noise floor is made of training images, so GG "
                          "and copies have none")
-        return lines + of_another_fold(self.sets.generated, self.settings.fold)
+        lines += leaks.unknown_patients(self.sets.real)
+        if self.networks.classifier:
+            lines += leaks_of_classifier(self.networks.classifier, self.sets)
+        return leaks_of(self.sets, self.settings.fold) + lines
 
 
 def pixel_hashes(paths, image_size, workers=4):
     """SHA-256 of the pixels of each image file, as this program sees it: cropped to image_size, 8-bit RGB."""
-    def digest(path):
-        return hashlib.sha256(load_image(path, image_size).tobytes()).hexdigest()
-
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(digest, paths))
+        return list(pool.map(lambda path: pixel_hash(load_image(path, image_size)), paths))

@@ -15,23 +15,22 @@ The command above measures, once, the axes on which its features are expressed (
 
 import hashlib
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from core import runtime
 from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import file_hash, make_folder, write_atomically
+from core.files import make_folder
+from core.progress import progress_bar
 from core.random import generator
+from core.tensors import read_tensors, write_tensors
+from dataset import contents, outside
 from dataset.images import check_images, load_images
 from dataset.root import read_split
-from dataset.vae import NAMED, VaeCodec, to_model_range
+from dataset.vae import NAMED, VaeCodec, to_model_range, weights_of
 from evaluation import backbones
 
 SCALE_FILE = "feature_scale.safetensors"  # lies in the folder of the autoencoder it belongs to
@@ -59,7 +58,7 @@ class AutoencoderFeatures:
         self.name = name if name in SPACES else f"vae:{Path(name).resolve().name}"
         digest = hashlib.sha256(mean.numpy().tobytes() + axes.numpy().tobytes()).hexdigest()[:8]
         # The axes are measured after the preprocessing: with another one there would be others, so `digest` tells.
-        self.identity, self.dimensions = f"{self.name}:{_weights(codec.identity)}:{digest}", axes.shape[1]
+        self.identity, self.dimensions = f"{self.name}:{weights_of(codec.identity)}:{digest}", axes.shape[1]
 
     def __call__(self, images, batch_size=32):
         """uint8 (N, H, W, 3), array or tensor, any H and W of at least 8 -> float32 array (N, dimensions)."""
@@ -75,6 +74,7 @@ SPACES = {  # name -> class, called with (name, device); all but the first also 
     "inception": backbones.InceptionFeatures,
     "dinov2": backbones.DinoFeatures,
     "clip": backbones.ClipFeatures,
+    "imagenet-lite": backbones.LiteFeatures,
 }
 PUBLISHED = {"dino": "dinov2", "inception": "inception", "clip": "clip"}  # --gg-extractor -> the space here
 NAMES = (f"{', '.join(SPACES)}, timm:MODEL, the folder of an autoencoder or FILE.pt of classify.py; "
@@ -128,38 +128,27 @@ def extract(features, image_paths, image_size, batch_size=32, progress=None, cac
     if file.is_file():
         return _read_cached(file, (len(image_paths), features.dimensions))
     values = _compute(features, image_paths, image_size, batch_size, progress)
-    about = {"features": features.identity, "preprocessing": features.preprocessing, "image_size": str(image_size),
-             "sha256": _array_hash(values)}
-    write_atomically(file, lambda path: save_file({"features": torch.from_numpy(values)}, path, about))
+    about = {"features": features.identity, "preprocessing": features.preprocessing, "image_size": str(image_size)}
+    write_tensors(file, {"features": torch.from_numpy(values)}, about)
     return values
 
 
 def cache_key(features, image_paths, image_size):
     """SHA-256 of everything that the features of these files depend on; of the images only the bytes are read."""
-    with ThreadPoolExecutor(4) as pool:
-        hashes = list(pool.map(file_hash, image_paths))
-    return hashlib.sha256(repr((CACHED, features.identity, image_size, hashes)).encode()).hexdigest()
+    return contents.combined([CACHED, features.identity, image_size, *contents.hashes(image_paths)])
 
 
 def _read_cached(file, shape):
-    try:
-        with safe_open(file, "numpy") as stored:
-            values, digest = stored.get_tensor("features"), (stored.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cached features cannot be read ({error}); remove the file") from None
-    if values.shape != shape or digest != _array_hash(values):
-        raise UserError(f"{file}: cached features are damaged (they do not have their checksum); remove the file")
-    return values
-
-
-def _array_hash(values):
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    values = read_tensors(file, "remove the file", sealed=True)[0].get("features")
+    if values is None or tuple(values.shape) != shape:
+        raise UserError(f"{file}: damaged (no features of shape {shape}); remove the file")
+    return values.numpy()
 
 
 def _compute(features, image_paths, image_size, batch_size, progress):
     """What `extract` returns, one batch of images in memory at a time."""
     parts = [np.zeros((0, features.dimensions), np.float32)]
-    with tqdm(total=len(image_paths), desc=progress, unit="image", disable=None if progress else True) as bar:
+    with progress_bar(total=len(image_paths), unit="images", title=progress, active=progress is not None) as bar:
         for start in range(0, len(image_paths), batch_size):
             paths = image_paths[start:start + batch_size]
             parts.append(features(load_images(paths, image_size), batch_size))
@@ -176,7 +165,7 @@ def fit(name, kinds, sizes, device="cpu", batch_size=32):
     for paths in kinds:
         check_images(paths)
     groups, total = [], len(sizes) * sum(map(len, kinds))
-    with tqdm(total=total, desc=f"scale of {name}", unit="image", disable=None) as bar:
+    with progress_bar(total=total, unit="images", title=f"scale of {name}") as bar:
         for size, paths in itertools.product(sizes, kinds):
             groups.append([])
             for start in range(0, len(paths), batch_size):
@@ -185,9 +174,9 @@ def fit(name, kinds, sizes, device="cpu", batch_size=32):
                 bar.update(len(images))
     mean, axes = whitening([torch.cat(group) for group in groups])
     scale = {"mean": mean.float(), "axes": axes.float().contiguous()}
-    made_from = {"autoencoder": _weights(codec.identity), "images": str(sum(map(len, kinds))),
+    made_from = {"autoencoder": weights_of(codec.identity), "images": str(sum(map(len, kinds))),
                  "sizes": " ".join(str(size) for size in sizes)}
-    write_atomically(_folder(name) / SCALE_FILE, lambda path: save_file(scale, path, made_from))
+    write_tensors(_folder(name) / SCALE_FILE, scale, made_from)
 
 
 def whitening(groups):
@@ -214,15 +203,10 @@ def _read_scale(name, identity):
     repair = f"make it: python -m evaluation.features --fit {name} --data-path ROOT [ROOT ...]"
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected the axes of the features; {repair}")
-    try:
-        with safe_open(path, "pt") as file:
-            made_for = (file.metadata() or {}).get("autoencoder")
-            scale = file.get_tensor("mean"), file.get_tensor("axes")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {repair}") from None
-    if made_for != _weights(identity):
-        raise UserError(f"{path}: made for weights {made_for}, found {_weights(identity)}; {repair}")
-    return scale
+    scale, about = read_tensors(path, repair)
+    if about.get("autoencoder") != weights_of(identity) or not {"mean", "axes"} <= scale.keys():
+        raise UserError(f"{path}: made for weights {about.get('autoencoder')}, found {weights_of(identity)}; {repair}")
+    return scale["mean"], scale["axes"]
 
 
 def _folder(name):
@@ -234,11 +218,6 @@ def _open_autoencoder(name, device):
         raise UserError(f"--features {name}: no autoencoder in {_folder(name)} (expected config.json and "
                         "weights, as diffusers saves them); make one with train_vae.py")
     return VaeCodec(name, device)
-
-
-def _weights(identity):
-    """The hash in a codec's identity `name:hash`: a folder may be renamed, the weights stay the same."""
-    return identity.rpartition(":")[2]
 
 
 def main():
@@ -258,6 +237,7 @@ def parser():
     p.add_argument("--fit", required=True, metavar="NAME", help="retina, or the folder of an autoencoder")
     p.add_argument("--data-path", nargs="+", required=True, metavar="ROOT",
                    help="data roots of prepare_data.py")
+    outside.add_flag(p)
     p.add_argument("--images", type=integer(2), default=500, help="images taken from each root, at most")
     p.add_argument("--sizes", type=integer(16), nargs="+", default=(256, 128, 64), metavar="PIXELS",
                    help="image sizes over which the scale is measured")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import lpips
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from core.assets import ASSETS, existing, first_line, weights_file, weights_hash
+from core.assets import ASSETS, existing, first_line, weights_file
 from core.errors import UserError
+from core.progress import progress_bar
+from core.tensors import weights_hash
 from dataset.images import load_images
 from dataset.vae import to_model_range
 from metrics.lpips import Spread, consecutive_pairs, draw_pairs, spread
@@ -75,7 +76,7 @@ def distances(distance, first, second, image_size, batch_size=32, progress=None)
     progress bar, None = no bar. Files of another size are cropped, as everywhere.
     """
     parts = [np.zeros(0, np.float32)]
-    with tqdm(total=len(first), desc=progress, unit="pair", disable=None if progress else True) as bar:
+    with progress_bar(total=len(first), unit="pairs", title=progress, active=progress is not None) as bar:
         for start in range(0, len(first), batch_size):
             a, b = first[start:start + batch_size], second[start:start + batch_size]
             place = {path: i for i, path in enumerate(dict.fromkeys([*a, *b]))}

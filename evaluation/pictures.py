@@ -1,5 +1,7 @@
 """The pictures of an evaluation: real images beside generated ones, samples below their nearest training images."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,11 +12,29 @@ from dataset.pictures import caption, stack
 SHOWN = 8  # images of each set, and pairs in a row
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Rows of pictures with titles; the pictures of a column belong together."""
+
+    titles: list  # of the m rows
+    images: list  # m lists of n uint8 (H, W, 3), None for an empty place
+    captions: list  # m lists of n texts
+
+    def picture(self):
+        """All of it as a PIL image, at most SHOWN columns wide."""
+        return stack(self.images, self.titles, self.captions, min(SHOWN, len(self.images[0])))
+
+    @property
+    def matched(self):
+        """Whether the pictures of each column have the same caption, that is, show the same labels."""
+        return all(captions == self.captions[0] for captions in self.captions)
+
+
 def side_by_side(real, generated, label_names, image_size, seed):
-    """Real images on top, generated ones below, under each what it shows; columns share it where possible.
+    """Real images on top, generated ones below, under each what it shows -> Gallery.
 
     `real`: LabelledImages, `generated`: a list of them. Which images: chosen at random, but each label combination once
-    before any comes twice.
+    before any comes twice. Columns share their labels where there are samples of them.
     """
     def order(n, *purpose):
         return torch.randperm(n, generator=generator(seed, "picture", *purpose)).tolist()
@@ -23,14 +43,15 @@ def side_by_side(real, generated, label_names, image_size, seed):
         return [None if i is None else load_image(images.paths[i], image_size) for i in indices]
 
     def captions_of(images, indices):
-        return ["" if i is None or images.labels is None else caption(images.labels[i], label_names) for i in indices]
+        return ["" if i is None else caption(images.labels[i], label_names) if images.labels is not None
+                else "labels unknown" for i in indices]
 
     sets = [real, *generated]
-    titles = ["real", *(s.about.get("model") or f"generated {i + 1}" for i, s in enumerate(generated))]
     chosen = [different(real.labels, order(len(real), "real"))[:SHOWN]]
     for i, s in enumerate(generated):
         chosen.append(match(real.labels[chosen[0]], s.labels, order(len(s), i)))
-    return stack([*map(images_of, sets, chosen)], titles, [*map(captions_of, sets, chosen)], len(chosen[0]))
+    return Gallery(["real", *(s.name for s in generated)], [*map(images_of, sets, chosen)],
+                   [*map(captions_of, sets, chosen)])
 
 
 def different(labels, order):
@@ -51,12 +72,12 @@ def match(wanted, labels, order):
 
 
 def closest(pairs, generated_paths, training_paths, image_size):
-    """Training images above the samples that are nearest to them, and below these the distances -> PIL image.
+    """Training images above the samples that are nearest to them, and below these their distance -> Gallery.
 
     pairs: dicts as in results.json, of `sample` and `training` (indices of files), `distance` and `lpips` (or None).
     """
     images = [[load_image(training_paths[pair["training"]], image_size) for pair in pairs],
               [load_image(generated_paths[pair["sample"]], image_size) for pair in pairs]]
-    captions = [f"{pair['distance']:.3g}" + (f", LPIPS {pair['lpips']:.2f}" if pair["lpips"] is not None else "")
-                for pair in pairs]
-    return stack(images, ["training", "generated"], [[""] * len(pairs), captions], min(SHOWN, len(pairs)))
+    captions = [f"distance {pair['distance']:.3g}" +
+                (f", LPIPS {pair['lpips']:.2f}" if pair["lpips"] is not None else "") for pair in pairs]
+    return Gallery(["training", "generated"], images, [[""] * len(pairs), captions])

@@ -1,19 +1,13 @@
-"""How evaluate.py shows its numbers: as text, and as one HTML page that needs no other file.
+"""How evaluate.py shows its numbers as text; evaluation/page.py makes a page of them, for people.
 
 Both are made from the dict that is written to results.json; nothing is computed here.
 """
 
-import base64
-import html
-import io
-import json
-
-from core.errors import UserError
-from core.files import write_atomically, write_text
-from core.text import aligned
-from dataset.samples import PICTURE
+from core.text import aligned, p_is
+from evaluation.names import way_of, weights_in_words
 
 NONE = "–"
+SEEDS = {"training_seed": "training seed", "seed": "sampling seed"}  # what runs of a method may differ in, in words
 
 
 def columns(report):
@@ -85,10 +79,10 @@ def _auc(conditioning):
 
 
 def text(report):
-    """The table, and below it what several folders say together."""
+    """The table, how each set was made, and what several folders say together."""
     shown = columns(report)
     table = aligned([[head for head, _ in shown], *([text_of(row) for _, text_of in shown] for row in report["rows"])])
-    return "\n".join([heading(report), table, *remarks(report)])
+    return "\n".join([heading(report), table, *made(report), *remarks(report)])
 
 
 def heading(report):
@@ -97,110 +91,32 @@ def heading(report):
             f"{data['validation_images']} images of val_{data['fold']}; KID over {report['subsets']} subsets")
 
 
+def made(report):
+    """One line for each generated set whose sampler says how it was made."""
+    return [f"{row['name']}: {', '.join(filter(None, [way_of(row['about']), weights_in_words(row['about'])]))}; "
+            f"{row['folder']}" for row in report["rows"] if row["about"]]
+
+
 def remarks(report):
     """One line for each comparison of two folders and each group of folders that differ in their seed."""
-    lines = []
-    for pair in report["paired"]:
-        lines.append(f"{pair['a']} against {pair['b']}: KID[{pair['space']}] differs by "
-                     f"{1e3 * pair['difference']:.1f}e-3, p = {pair['p']:.2g} ({pair['images']} pairs of one label)")
-    for group in report["over_seeds"]:
-        values = ", ".join(f"{name} {v['mean']:.4g} ± {v['std']:.2g}" for name, v in group["values"].items())
-        lines.append(f"{group['name']} over {group['runs']} folders: {values}")
-    return lines
+    return [*map(paired, report["paired"]), *map(averaged, report["over_seeds"])]
 
 
-STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em;
-  color: #222 }
-table { border-collapse: collapse; font-size: 13px } th, td { padding: .3em .7em; text-align: right }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere } tr:nth-child(even) { background: #f4f4f4 }
-th { border-bottom: 2px solid #888; vertical-align: bottom } img { max-width: 100% } .wide { overflow-x: auto }
-figcaption, footer { color: #555; font-size: 13px } pre { white-space: pre-wrap; font-size: 12px }
-.bars { display: grid; grid-template-columns: 6em 1fr; gap: 2px 8px; font-size: 13px; max-width: 640px }
-.bar { height: 9px; background: #3b75af } .bar.real { background: #aaa }"""
+def paired(pair):
+    """A paired comparison in one line."""
+    return (f"{pair['a']} against {pair['b']}: KID[{pair['space']}] differs by {1e3 * pair['difference']:.1f}e-3, 95 % "
+            f"interval {_interval(pair['interval'], 1e3)}, {p_is(pair['p'])} ({pair['images']} pairs of one label)")
 
 
-def page(report, pictures):
-    """The report as one HTML page; pictures: (caption, PIL image) in the order in which they are shown."""
-    figures = "".join(f"<figure><img alt='' src='{_inline(image)}'><figcaption>{html.escape(caption)}</figcaption>"
-                      "</figure>" for caption, image in pictures)
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in [*remarks(report), *report["warnings"]])
-    about = html.escape("\n".join([f"versions: {report['versions']}", *(
-        f"{name}: {space['identity']}; {space['preprocessing']}" for name, space in report["networks"].items())]))
-    title = html.escape(heading(report))
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-            f"<h1>Generated images against real ones</h1><p>{title}</p>{_html_table(report)}{lines}{_reading(report)}"
-            f"{bars(report)}{figures}<footer><pre>{about}</pre></footer></html>\n")
+def averaged(group):
+    """The scores of one method over its seeds, in one line."""
+    values = ", ".join(f"{name}{' ×1e-3' * (scale > 1)} {scale * v['mean']:.4g} ± {scale * v['std']:.2g}"
+                       for name, v in group["values"].items()
+                       for scale in [1e3 if name.startswith("KID") else 1])
+    return f"{group['name']}, {group['runs']} runs {differing(group)}: {values}"
 
 
-def _html_table(report):
-    shown = columns(report)
-    heads = "".join(f"<th>{html.escape(head)}</th>" for head, _ in shown)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(text_of(row))}</td>" for _, text_of in shown) + "</tr>"
-                   for row in report["rows"])
-    return f"<div class=wide><table><tr>{heads}</tr>{rows}</table></div>"
-
-
-def _reading(report):
-    """What the columns mean, in the words a reader of the table needs."""
-    lines = ["The first row is real against real: no generator need come closer (the noise floor).",
-             "KID: mean ± standard deviation over random subsets, lower is better; the interval is over images.",
-             "Precision and density: do samples look real? Recall and coverage: are all kinds of real images there?",
-             "GG, the generalisation gap: above 0 the samples are no nearer to training than to validation images; far "
-             "below 0 they are copies."]
-    if any(row["memorisation"] for row in report["rows"]):
-        lines.append("Copies: share of samples nearer to a training image than all but a few per cent of the real "
-                     "validation images are (in brackets: expected without copying). AuthPct: per cent of samples "
-                     "farther from their nearest training image than that is from its own nearest neighbour; compare "
-                     "with the real row.")
-    if any(row["lpips"] for row in report["rows"]):
-        lines.append("LPIPS: distance between random samples, higher is more varied; the real row is the aim.")
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def bars(report):
-    """For each label one bar per set: AUC against the requested labels, or without a classifier their share."""
-    title = "Does an image show the labels it was asked for? AUC of a classifier trained on real images"
-    rows = [row for row in report["rows"] if row["conditioning"]]
-    values = [{name: score["auc"] for name, score in row["conditioning"]["labels"].items()} for row in rows]
-    if not rows:
-        title = "Share of images with each label"
-        rows = [row for row in report["rows"] if row["label_share"] is not None]
-        values = [row["label_share"] for row in rows]
-    if not rows:
-        return ""
-    parts = []
-    for name in report["data"]["labels"]:
-        drawn = "".join(_bar(row, value[name]) for row, value in zip(rows, values, strict=True))
-        texts = ", ".join(number(value[name], 2) for value in values)
-        parts.append(f"<div>{html.escape(name)}</div><div>{drawn}<small>{texts}</small></div>")
-    order = html.escape(" · ".join(row["name"] for row in rows))
-    return f"<h2>{title}</h2><p>In this order: {order}</p><div class=bars>{''.join(parts)}</div>"
-
-
-def _bar(row, value):
-    kind = " real" if row["kind"] == "real" else ""
-    return (f"<div class='bar{kind}' style='width:{100 * (value or 0):.1f}%' "
-            f"title='{html.escape(row['name'])}: {number(value, 3)}'></div>")
-
-
-def _inline(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def write(folder, report, pictures):
-    """Write results.json, results.txt, report.html and, of the first picture, real_vs_generated.png -> their names.
-
-    Raises UserError.
-    """
-    files = {"results.json": json.dumps(report, indent=1, allow_nan=False) + "\n", "results.txt": text(report) + "\n",
-             "report.html": page(report, pictures)}
-    picture = f"{PICTURE}.png"
-    try:
-        for name, content in files.items():
-            write_text(folder / name, content)
-        write_atomically(folder / picture, lambda path: pictures[0][1].save(path, "PNG"))
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({error})") from None
-    return [*files, picture]
+def differing(group):
+    """In what the runs of a method differ."""
+    names = [SEEDS[name] for name in group["differ_in"]]
+    return f"that differ in their {' and '.join(names) or 'seed'}"

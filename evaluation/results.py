@@ -1,14 +1,33 @@
 """results.json of evaluate.py and classify.py, read for tables, and what must agree between those of one table."""
 
-import json
-
+from classification.report import check_results
 from core.errors import UserError
+from core.files import read_json, refused
+from core.schema import Number, check
+from dataset.samples import ABOUT
 
 FORMAT = 1
-KEYS = {  # kind -> what such a file must have
-    "generation": ("data", "rows", "spaces", "gg_space", "networks", "image_size", "subsets"),
-    "classification": ("method", "data", "test_sha256", "label_names", "settings", "folds", "summary", "significance"),
-}
+SPREAD = {"mean": float, "std": float}
+ROW = {"kind": ("generated", "real"), "name": str, "folder": str, "images": Number(), "sha256": str, "about": ABOUT,
+       "kid": {str: SPREAD}, "lpips": (SPREAD, None), "gg": ({"gap": float}, None)}
+GENERATION = {  # schema of what evaluate.py writes, as far as tables need it
+    "kind": "generation", "format_version": FORMAT, "image_size": Number(1), "subsets": Number(1),
+    "data": {"name": str, "fold": Number(), "labels": [str], "validation_sha256": str, "training_sha256": str},
+    "spaces": [str], "gg_space": str, "networks": {str: {"identity": str}}, "rows": [ROW]}
+ADVICE = "expected what evaluate.py or classify.py writes; score again"
+
+
+def check_generation(results):
+    """Raise ValueError unless this is what evaluate.py puts into a results.json."""
+    check(results, GENERATION)
+    spaces = results["spaces"]
+    if not spaces or not {*spaces, results["gg_space"]} <= results["networks"].keys():
+        raise ValueError("`networks` does not have all of `spaces` and `gg_space`")
+    if not all(spaces[0] in row["kid"] for row in results["rows"]):
+        raise ValueError(f"a row has no `kid` in {spaces[0]}")
+
+
+CHECKS = {"generation": check_generation, "classification": check_results}
 
 
 def read(paths):
@@ -21,17 +40,13 @@ def read(paths):
 
 
 def _read(file):
-    try:
-        content = json.loads(file.read_text())
-        kind, version = content["kind"], content["format_version"]
-        lacking = [key for key in KEYS.get(kind, ()) if key not in content]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not results of evaluate.py or classify.py ({error!r})") from None
-    if kind not in KEYS or version != FORMAT:
+    content = read_json(file, ADVICE, {"kind": str, "format_version": int})
+    kind, version = content["kind"], content["format_version"]
+    if kind not in CHECKS or version != FORMAT:
         raise UserError(f"{file}: is {kind} in format {version}, expected generation or classification in format "
                         f"{FORMAT}; score again with this version")
-    if lacking:
-        raise UserError(f"{file}: has no `{lacking[0]}`; it is not what evaluate.py or classify.py wrote")
+    with refused(file, ADVICE):
+        CHECKS[kind](content)
     return {**content, "path": file}
 
 

@@ -4,7 +4,7 @@ from classification.report import COLUMNS, SAME_TRAINING
 from core.errors import UserError
 from evaluation import paper
 from evaluation.results import agree, agree_in_files, agree_per_fold, listed
-from evaluation.tables import NOT_RUN, Cell, Table, in_order, mark_best, over
+from evaluation.tables import NOT_RUN, Cell, PValue, Table, in_order, mark_best, over
 from metrics.classification import THRESHOLD
 from metrics.significance import holm, stars
 
@@ -12,11 +12,12 @@ ROWS = {"baseline": paper.BASELINE, "baseline-without-augmentation": paper.WITHO
 AUGMENT = {paper.BASELINE: "geometric", paper.WITHOUT: "none"}  # row without synthetic images -> its --augment
 
 
-def table_2(results, level="auto", threshold="0.5"):
+def table_2(results, level="auto", threshold="0.5", with_paper=True):
     """Results of classify.py -> Table: scores of the test set, ours beside the paper's.
 
-    level: auto, image or eye; threshold: 0.5 or validation. Raises UserError for results that cannot stand in one
-    table, or that lack this level or threshold.
+    level: auto, image or eye; threshold: 0.5 or validation; with_paper: the paper's numbers beside ours, and its rows
+    also where nothing of ours is. Raises UserError for results that cannot stand in one table, or that lack this level
+    or threshold.
     """
     check_comparable(results)
     level = _level(results, level)
@@ -27,18 +28,20 @@ def table_2(results, level="auto", threshold="0.5"):
     for r in results:
         methods.setdefault(ROWS.get(r["method"], r["method"]), []).append(r)
     p_values, body = _adjusted_p(methods, level), []
-    for name in in_order({*methods, *paper.TABLE_2}, paper.TABLE_2):
+    for name in in_order({*methods, *(paper.TABLE_2 if with_paper else ())}, paper.TABLE_2):
         *paper_scores, paper_p = paper.TABLE_2.get(name) or [None] * (len(COLUMNS) + 1)
         row, ours = [name], methods.get(name, [])
         for score, paper_score in zip(COLUMNS, paper_scores, strict=True):
-            row += [Cell(*paper_score) if paper_score else "–", _our_cell(ours, level, threshold, score)]
-        body.append([*row, paper_p or "–", _p_text(name, methods, p_values)])
-    for column in range(1, 1 + 2 * len(COLUMNS)):
+            row += [Cell(*paper_score) if paper_score else "–"] * with_paper
+            row.append(_our_cell(ours, level, threshold, score))
+        body.append([*row, *[paper_p or "–"] * with_paper, _p_cell(name, methods, p_values)])
+    for column in range(1, 1 + (1 + with_paper) * len(COLUMNS)):
         body = mark_best(body, column, max)
-    heads = ["Training images", *(f"{head} ↑, {whose}" for head in COLUMNS.values() for whose in ("paper", "ours")),
-             "p, paper", "p, ours"]
+    whose = (", paper", ", ours") if with_paper else ("",)
+    heads = ["Training images", *(f"{head} ↑{of}" for head in COLUMNS.values() for of in whose),
+             *(f"p{of}" for of in whose)]
     return Table("Table 2. Classification with synthetic images", heads, body,
-                 _notes(results, methods, level, threshold, p_values))
+                 _notes(results, methods, level, threshold, p_values, with_paper), "tab:classification")
 
 
 # ---- what cannot stand in one table
@@ -123,19 +126,20 @@ def _adjusted_p(methods, level):
     return dict(zip(largest, holm([*largest.values()]), strict=True))
 
 
-def _p_text(name, methods, p_values):
+def _p_cell(name, methods, p_values):
     if name in p_values:
-        return f"{p_values[name]:.4f} {stars(p_values[name])}".strip()
+        return PValue(p_values[name], stars(p_values[name]))
     return "–" if name == paper.BASELINE and name in methods else NOT_RUN
 
 
 # ---- footnotes
 
 
-def _notes(results, methods, level, threshold, p_values):
+def _notes(results, methods, level, threshold, p_values, with_paper):
     folds = [fold for r in results for fold in r["folds"].values()]
     notes = [f"Paper: {paper.SOURCE}, Table 2; its own OCT data, 11 labels, ResNet-50; which test its stars are of "
-             "is not said. Per cent, mean ± standard deviation over folds, its and ours.",
+             "is not said. Per cent, mean ± standard deviation over folds, its and ours." if with_paper else
+             "Per cent, mean ± standard deviation over folds.",
              _note_on_training(results, level, threshold),
              _note_on_images(methods, folds)]
     if p_values:
@@ -171,7 +175,7 @@ def _span(folds, key):
 
 
 def _note_on_p(results, level, comparisons):
-    test = next(r["significance"] for r in results if r["significance"])
+    test = next(r["significance"] for r in results if r["significance"] and r["significance"]["levels"].get(level))
     units, permutations = (test["levels"][level][key] for key in ("units", "permutations"))
     return (f"p: two-sided permutation test on mAP against {test['baseline']}, predictions of whole {test['unit']}s "
             f"({units}) swapped {permutations} times, after Holm's correction for {comparisons} comparison(s); of "

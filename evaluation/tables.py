@@ -1,16 +1,12 @@
 """Tables of numbers with footnotes: as Markdown, as LaTeX (booktabs) and as CSV."""
 
-import csv
-import io
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from core.text import csv_text, latex, markdown, p_value
+
 NOT_RUN = "not run"
-LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-         "$": r"\$", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "↓": r"$\downarrow$",
-         "↑": r"$\uparrow$", "–": "--", "−": "$-$", "×": r"$\times$", "<": "$<$", ">": "$>$", "|": "$|$"}
-MARKDOWN = {"\\": r"\\", "*": r"\*", "|": r"\|", "<": r"\<"}
 
 
 @dataclass(frozen=True)
@@ -26,32 +22,56 @@ class Cell:
         if self.mean is None:
             return NOT_RUN
         spread = "" if self.spread is None else f" ± {self.spread:.{self.digits}f}"
-        return f"{self.mean:.{self.digits}f}{spread}"
+        return f"{self.shown}{spread}"
+
+    @property
+    def shown(self):
+        """The number as it is shown, without its spread; no -0.00."""
+        return f"{round(self.mean, self.digits) + 0.0:.{self.digits}f}"
+
+    def parts(self):
+        """The numbers of which a CSV has a column each: "" for the number itself -> value, "spread" -> value."""
+        return {"": self.mean, "spread": self.spread}
+
+
+@dataclass(frozen=True)
+class PValue:
+    """A p-value and its stars."""
+
+    p: float
+    stars: str
+
+    def __str__(self):
+        return f"{p_value(self.p)} {self.stars}".strip()
+
+    def parts(self):
+        return {"": self.p, "stars": self.stars or None}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Title, heads of the columns, rows (of text or Cell) and footnotes."""
+    """Title, heads of the columns, rows (of text, Cell or PValue), footnotes, and the label that LaTeX refers to."""
 
     title: str
     heads: list
     rows: list
     notes: list
+    label: str
 
     def markdown(self):
         def text(cell):
-            shown = _escaped(cell, MARKDOWN)
+            shown = markdown(cell)
             return f"**{shown}**" if _best(cell) else shown
 
-        lines = [f"**{_escaped(self.title, MARKDOWN)}**", "", *("| " + " | ".join(map(text, row)) + " |"
-                                                               for row in [self.heads, *self.rows])]
+        lines = [f"**{markdown(self.title)}**", "", *("| " + " | ".join(map(text, row)) + " |"
+                                                      for row in [self.heads, *self.rows])]
         lines.insert(3, "|---" * len(self.heads) + "|")
         return "\n".join([*lines, "", *(f"{i}. {text(note)}" for i, note in enumerate(self.notes, 1))]) + "\n"
 
     def latex(self):
         """A float as wide as the page; the document needs the packages booktabs and graphicx."""
         def text(cell):
-            shown = _escaped(cell, LATEX)
+            shown = latex(cell)
             return rf"\textbf{{{shown}}}" if _best(cell) else shown
 
         def line(row):
@@ -60,19 +80,27 @@ class Table:
         notes = [rf"{i}. {text(note)}\par" for i, note in enumerate(self.notes, 1)]
         return "\n".join([
             r"% \usepackage{booktabs,graphicx}", r"\begin{table*}", r"\centering", rf"\caption{{{text(self.title)}}}",
+            rf"\label{{{self.label}}}",
             r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{l{'r' * (len(self.heads) - 1)}}}", r"\toprule",
             line(self.heads), r"\midrule", *map(line, self.rows), r"\bottomrule", r"\end{tabular}}",
             r"\par\smallskip\footnotesize\raggedright", *notes, r"\end{table*}"]) + "\n"
 
     def csv(self):
-        """Heads and rows; no footnotes, which would not be a table."""
-        file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([self.heads, *([str(c) for c in row] for row in self.rows)])
-        return file.getvalue()
+        """Heads and rows, each number in a column of its own; no footnotes, which would not be a table.
 
-
-def _escaped(cell, signs):
-    return "".join(signs.get(c, c) for c in str(cell))
+        Nothing stands where there is no number. Numbers have all their digits.
+        """
+        columns = []
+        for head, cells in zip(self.heads, zip(*self.rows, strict=True), strict=True):
+            numbers = [cell.parts() if isinstance(cell, (Cell, PValue)) else {} for cell in cells]
+            if not any(numbers):
+                columns.append([head, *cells])
+                continue
+            for part in dict.fromkeys(name for parts in numbers for name in parts):
+                values = [parts.get(part) for parts in numbers]
+                if part == "" or any(value is not None for value in values):
+                    columns.append([f"{head}, {part}" if part else head, *values])
+        return csv_text(zip(*columns, strict=True))
 
 
 def _best(cell):
@@ -90,13 +118,14 @@ def over(values, spread=None, scale=1.0, digits=2):
 
 
 def mark_best(rows, column, best):
-    """The same rows; in `column` every Cell whose mean is shown as `best` (min or max) of all is marked."""
-    numbers = [row[column] for row in rows if isinstance(row[column], Cell) and row[column].mean is not None]
+    """The same rows; in `column` every Cell that shows the same number as the `best` (min or max) of all is marked."""
+    numbers = {i: float(row[column].shown) for i, row in enumerate(rows)
+               if isinstance(row[column], Cell) and row[column].mean is not None}
     if len(numbers) < 2:
         return rows
-    top = best(round(cell.mean, cell.digits) for cell in numbers)
-    return [[replace(c, best=round(c.mean, c.digits) == top) if i == column and c in numbers else c
-             for i, c in enumerate(row)] for row in rows]
+    top = best(numbers.values())
+    return [[replace(cell, best=numbers[i] == top) if k == column and i in numbers else cell
+             for k, cell in enumerate(row)] for i, row in enumerate(rows)]
 
 
 def in_order(names, first):

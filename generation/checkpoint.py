@@ -1,35 +1,53 @@
 """Checkpoints: plain dicts of tensors, numbers and strings, written whole, from which the net is rebuilt.
 
-    python -m generation.checkpoint FILE                                  say what is inside
+    python -m generation.checkpoint FILE                                  say what is inside; or a run folder
     python -m generation.checkpoint FILE --to out.safetensors             weights alone, with what the file says of them
     python -m generation.checkpoint FILE --to small.pt --half             the same as a checkpoint, in half precision
 
 Keys of a file of ours: `model` and `ema` (raw and averaged weights under the published names), `averages` (further
 averages: decay -> weights), `opt`, `scaler`, `step`, `epoch`, `args` (the resolved flags), `label_names`, `model_args`
-(name and sizes), `best_kid`, `minutes`, `codec`, `run`, `features`, `training_images` (SHA-256 of the CSV file that
-lists them), `format_version`. The published layout has `model`, `ema`, `opt` and `args`, in which it finds our weights
-too. Read are ours, the published layout, bare state dicts and safetensors; what a file does not say is None.
+(name and sizes), `best_kid`, `minutes`, `history` (flags that changed when it was continued), `codec`, `run`,
+`features`, `training_images` (their fingerprint), `seen` (identities of all images that the weights have seen),
+`format_version`. The published layout has `model`, `ema`, `opt` and `args`, in which it finds our weights too. Read
+are ours, the published layout, bare state dicts and safetensors; what a file does not say is None.
 """
 
 import argparse
 import json
 import math
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from core.cli import Parser, run
 from core.errors import UserError
-from core.files import write_atomically, write_torch
+from core.files import read_torch, refused, remove_leftovers, write_torch
+from core.runs import checkpoint_file
+from core.schema import Number, check, parse
+from core.tensors import all_finite, read_tensors, write_tensors
+from core.text import one_line
 from models import MODELS
 
 FORMAT = 1
 PREFIX = "module."  # in front of the names of published files: weights were saved from inside DistributedDataParallel
 KINDS = ("ema", "model")
+HEADER = {"kind?": KINDS}  # schema of the plain values in a safetensors header; SCHEMA has the others
+STATE_DICT, SIDE, COUNT = {str: torch.Tensor}, Number(8, 2048), Number(1, 1 << 20)
+FLAGS = {"vae?": (str, None), "num_classes?": (COUNT, None), "in_channels?": (COUNT, None), "fold?": (Number(), None),
+         "image_space?": (bool, None), "multi_scale?": (bool, None)}  # schema of those flags that are looked at
+SCHEMA = {"format_version?": int, "model?": (STATE_DICT, None), "ema?": (STATE_DICT, None),
+          "averages?": ({str: STATE_DICT}, None),
+          "label_names?": ([str], None), "step?": (Number(), None), "epoch?": (Number(), None),
+          "best_kid?": (Number(-math.inf, math.inf, False), None), "minutes?": (Number(0, math.inf, False), None),
+          "codec?": (str, None), "run?": (str, None), "features?": (str, None), "training_images?": (str, None),
+          "seen?": ([str], None), "opt?": ({}, None), "scaler?": ({}, None), "validated?": ([torch.Tensor], None),
+          "history?": ([{}], None)}
+OURS = {**SCHEMA, "args": {**FLAGS, "model": str, "image_size": SIDE}, "model_args": {
+    "model": str, "num_classes": COUNT, "in_channels": COUNT, "input_size?": Number(1, 2048),
+    "position_code?": str}}
+FOREIGN = {**SCHEMA, "model_args?": None,
+           "args?": ({**FLAGS, "model?": (str, None), "image_size?": (SIDE, None)}, None)}
 METADATA = "checkpoint"  # key of the safetensors header under which a checkpoint's plain values are kept, as json
 
 
@@ -50,10 +68,12 @@ class Checkpoint:
     epoch: int | None = None
     best_kid: float | None = None
     minutes: float | None = None
+    history: list = field(default_factory=list)  # how it was continued: {"step": …, "changed": flag -> [before, after]}
     codec: str | None = None  # identity of the autoencoder: name:hash
     run: str | None = None  # name of the run folder
     features: str | None = None  # identity of the feature space of best_kid
-    training_images: str | None = None  # SHA-256 of the CSV file that lists them
+    training_images: str | None = None  # their fingerprint (dataset/root.py)
+    seen: list | None = None  # identities (dataset/leaks.py) of all images it was trained on, by --load-from too
     opt: dict = field(default_factory=dict)  # state of the optimiser
     scaler: dict = field(default_factory=dict)  # state of fp16's loss scaler
     validated: list = field(default_factory=list)  # features of earlier validations, for --validation-kid accumulated
@@ -83,82 +103,62 @@ def save(path, state):
 
 
 def load(path, flag="--ckpt"):
-    """Read a checkpoint, ours or foreign, without executing anything in it -> Checkpoint. Raises UserError."""
-    path = Path(path)
+    """Read a checkpoint, ours or foreign, without executing anything in it -> Checkpoint. Raises UserError.
+
+    `path`: a file, or a run folder (core/runs.py says which of its files is meant).
+    """
+    path = checkpoint_file(path, flag)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; train.py writes RUN/checkpoints/best_ckpt.pt")
     content = _read_safetensors(path, flag) if path.suffix == ".safetensors" else _read_pickle(path, flag)
-    if content.get("format_version", FORMAT) != FORMAT:
-        raise UserError(f"{flag} {path}: has format {content['format_version']}, expected {FORMAT}; update this "
-                        "program")
-    wrong = _what_is_wrong(content)
-    if wrong:
-        raise UserError(f"{flag} {path}: not a checkpoint ({wrong})")
-    content |= {kind: _without_prefix(content.get(kind) or {}) for kind in KINDS}
+    version = content.get("format_version", FORMAT)
+    if isinstance(version, int) and version != FORMAT:
+        raise UserError(f"{flag} {path}: has format {version}, expected {FORMAT}; update this program")
     if isinstance(content.get("args"), argparse.Namespace):
         content["args"] = vars(content["args"])
+    try:
+        check(content, FOREIGN if content.get("model_args") is None else OURS)
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: not a checkpoint ({error})") from None
+    if not (content.get("ema") or content.get("model")):
+        found = one_line(", ".join(map(str, content)))[:80] or "nothing"
+        raise UserError(f"{flag} {path}: not a checkpoint (found {found}; expected `ema` or `model`, or a state dict)")
+    content |= {kind: _without_prefix(content.get(kind) or {}) for kind in KINDS}
     if content.get("model_args") is None:
         content |= _identify(content, f"{flag} {path}")
     known = {f.name for f in fields(Checkpoint)}
     checkpoint = Checkpoint(**{key: value for key, value in content.items() if key in known and value is not None})
     shapes = _shapes_of(checkpoint.model_args)
     for kind in checkpoint.kinds:
-        if shapes != {key: value.shape for key, value in checkpoint.weights(kind).items()}:
+        weights = checkpoint.weights(kind)
+        if shapes != {key: value.shape for key, value in weights.items()}:
             raise UserError(f"{flag} {path}: its weights are not those of the {checkpoint.model_args.get('model')} it "
                             "says it holds")
+        with refused(f"{flag} {path}", "give whole weights"):  # sparse ones, or of a kind that is not computed with
+            finite = all_finite(weights.values())
+        if not finite:
+            raise UserError(f"{flag} {path}: its weights `{kind}` are not finite, as of a training that diverged; give "
+                            "an earlier checkpoint")
     return checkpoint
 
 
-def _what_is_wrong(content):
-    """Why this dict is no checkpoint, or None."""
-    for kind in KINDS:
-        weights = content.get(kind)
-        if weights is not None and not isinstance(weights, dict):
-            return f"its `{kind}` is a {type(weights).__name__}, expected a state dict"
-        if weights and not all(isinstance(value, torch.Tensor) for value in weights.values()):
-            return f"its `{kind}` holds other things than tensors"
-    averages = content.get("averages") or {}
-    if not isinstance(averages, dict) or not all(isinstance(weights, dict) and all(
-            isinstance(value, torch.Tensor) for value in weights.values()) for weights in averages.values()):
-        return "its `averages` are no state dicts"
-    if not (content.get("ema") or content.get("model")):
-        return f"found {', '.join(map(str, content))[:80] or 'nothing'}; expected `ema` or `model`, or a state dict"
-    for key, kinds in (("args", (dict, argparse.Namespace)), ("model_args", dict), ("label_names", list)):
-        if content.get(key) is not None and not isinstance(content[key], kinds):
-            return f"its `{key}` is a {type(content[key]).__name__}"
-    if content.get("model_args") is not None and not isinstance(content.get("args"), dict):
-        return "it has `model_args` but no `args`"
-    return None
-
-
 def _read_pickle(path, flag):
-    try:  # the published layout keeps its flags in a Namespace; nothing else is let in
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch raise a dozen kinds for damaged or unsafe files
-        raise UserError(f"{flag} {path}: not a checkpoint that can be loaded safely ({_reason(error)})") from None
+    # The published layout keeps its flags in a Namespace; nothing else is let in.
+    content = read_torch(path, flag, "give a checkpoint of train.py, or weights", [argparse.Namespace])
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path}: not a checkpoint (found {type(content).__name__}, expected a dict)")
     bare = content and all(isinstance(value, torch.Tensor) for value in content.values())
     return {"ema": content, "bare": True} if bare else content
 
 
-def _reason(error):
-    """Why torch refused a file, without its advice to load it unsafely."""
-    unsafe = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it holds a {unsafe[1]}" if unsafe else (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
 def _read_safetensors(path, flag):
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            header = (file.metadata() or {}).get(METADATA)
-        said = json.loads(header) if header else {"bare": True}
-        if not isinstance(said, dict) or said.keys() & {"ema", "model"} or said.get("kind", "ema") not in KINDS:
-            raise ValueError(f"its header says {str(header)[:40]}")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{flag} {path}: not a safetensors file that can be read ({error})") from None
+    weights, about = read_tensors(path, "give a whole file")
+    said = {"bare": True}
+    if METADATA in about:
+        with refused(f"{flag} {path}", "give a whole file"):
+            said = parse(about[METADATA], HEADER)
+            if said.keys() & {"ema", "model"}:
+                raise ValueError("its header holds weights")
     return {**said, said.get("kind", "ema"): weights}
 
 
@@ -186,7 +186,7 @@ def _shapes_of(model_args):
     try:
         with torch.device("meta"):
             model = MODELS[sizes.pop("model")](**sizes)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     return {key: value.shape for key, value in model.state_dict().items()}
 
@@ -220,8 +220,7 @@ def save_safetensors(path, state):
     kid = state.get("best_kid")
     said = json.dumps({"kind": kind, **{key: state.get(key) for key in SAID},
                        "best_kid": None if kid == math.inf else kid})  # json has no infinity
-    tensors = {key: value.contiguous() for key, value in state[kind].items()}
-    write_atomically(path, lambda temporary: temporary.write_bytes(to_bytes(tensors, {METADATA: said})))
+    write_tensors(path, state[kind], {METADATA: said})
 
 
 def summary(checkpoint):
@@ -257,6 +256,7 @@ def main():
     kind = args.weights or checkpoint.default_kind
     if kind not in checkpoint.kinds:
         raise UserError(f"--weights {kind}: {args.file} holds {', '.join(checkpoint.kinds)}; give one of them")
+    remove_leftovers(args.to.parent)
     write = save_safetensors if args.to.suffix == ".safetensors" else save
     write(args.to, weights_alone(checkpoint, kind, args.half))
     print(f"{args.to}: {args.to.stat().st_size / 1e6:.1f} MB")
@@ -264,7 +264,7 @@ def main():
 
 def parser():
     p = Parser(__doc__)
-    p.add_argument("file", type=Path, help="a checkpoint of any layout")
+    p.add_argument("file", type=Path, help="a checkpoint of any layout, or a run folder")
     p.add_argument("--to", type=Path, metavar="FILE", help="write the weights to a .safetensors or .pt file")
     p.add_argument("--weights", metavar="KIND",
                    help="ema, model (raw) or ema:DECAY (default: averaged if there are any)")

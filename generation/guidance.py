@@ -39,6 +39,12 @@ def next_state(model, state, seed_noise, grid):
     return model.inherit(state, seed_noise)
 
 
+def guided(out, scale):
+    """What the conditional and, after them, the unconditional copies say, out (2N, 2C, H, W) -> (N, 2C, H, W)."""
+    (eps, variance), (eps_null, _) = (part.chunk(2, dim=1) for part in out.float().chunk(2))
+    return torch.cat([eps_null + scale * (eps - eps_null), variance], 1)
+
+
 class ImageNoise:
     """Standard normal noise of a batch in which every image has its own generator."""
 
@@ -68,18 +74,17 @@ class GuidedDenoiser:
         self.heredity, self.interval = heredity, interval
 
     def __call__(self, x, t, state):
-        """x (N, C, H, W), t (N,) the same for all, state: a pair (conditional, unconditional), each (N, S, H, W) or
-        None, or None at the first step -> out (N, 2C, H, W), such a pair."""
-        n, (cond, null) = len(x), state or (None, None)
-        generators, null_generators = map(list, self.generators)
-        if not self.guides(int(t[0])):
-            out, cond = self.call(x, t, self.y, [cond], generators)
+        """x (N, C, H, W), t (N,) on the CPU, the same for all, state: a pair (conditional, unconditional), each
+        (N, S, H, W) or None, or None at the first step -> out (N, 2C, H, W), such a pair."""
+        n, step, (cond, null) = len(x), int(t[0]), state or (None, None)
+        t, (generators, null_generators) = on_device(t, x.device), map(list, self.generators)
+        if not self.guides(step):
+            out, cond = self.call(x, step, t, self.y, [cond], generators)
             return out, (cond, null)
         y = torch.cat([self.y, torch.zeros_like(self.y)])  # (2N, K): the null label is all zeros
-        out, after = self.call(x.repeat(2, 1, 1, 1), t.repeat(2), y, [cond, null], generators + null_generators)
-        (eps, variance), (eps_null, _) = (part.chunk(2, dim=1) for part in out.float().chunk(2))
-        guided = torch.cat([eps_null + self.scale * (eps - eps_null), variance], 1)
-        return guided, (None, None) if after is None else (after[:n], after[n:])
+        out, after = self.call(x.repeat(2, 1, 1, 1), step, t.repeat(2), y, [cond, null],
+                               generators + null_generators)
+        return guided(out, self.scale), (None, None) if after is None else (after[:n], after[n:])
 
     def guides(self, t):
         """Is there guidance at the original step t?"""
@@ -87,9 +92,9 @@ class GuidedDenoiser:
             return self.scale != 1
         return self.interval[0] <= t <= self.interval[1]
 
-    def call(self, x, t, y, states, generators):
+    def call(self, x, step, t, y, states, generators):
         """The model on one or both copies of the images; `states` are what the previous call left of each copy."""
-        state = self.living_state(x, int(t[0]), states, generators) if hasattr(self.model, "inherit") else None
+        state = self.living_state(x, step, states, generators) if hasattr(self.model, "inherit") else None
         return self.model(x, t, y, state, generators)
 
     def living_state(self, x, t, states, generators):

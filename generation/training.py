@@ -1,4 +1,4 @@
-"""One training run: the net, its averages, the optimiser, and where they stand. train.py holds the loop.
+"""One training run: the net, its averages, the optimiser, and where they stand. generation/loop.py has the loop.
 
 Everything random about a step is a function of (seed, step, place in the batch), so that a stopped run goes on as if it
 had not been stopped, on any number of processes.
@@ -43,7 +43,9 @@ class TrainingOptions:
     grad_norm: bool = False  # divide each parameter's gradient by its norm, as published
     frozen_latents: bool = False  # one draw of mirror and posterior per image, as published
     multi_scale: bool = False
+    position_code: str = "published"  # of GeCA: one of automaton/rule.py
     checkpoint_steps: bool | None = None  # compute steps or blocks again in backward; None: as the model prefers
+    compile: bool = False  # fuse kernels with torch.compile
     seed: int = 0
 
 
@@ -87,24 +89,30 @@ class Statistics:
     def __init__(self, device):
         self.loss = torch.zeros(2, device=device)  # sum of losses, their number
         self.mse = torch.zeros(BINS, 2, device=device)  # by bins of t: sum of squared errors of ε, their number
-        self.state = torch.zeros(2, device=device)  # sum of mean squares of the automaton's state, their number
+        self.state = torch.zeros(2, 2, device=device)  # sums of mean squares of the automaton's state, their number
 
-    def add(self, loss, mse, t, state):
-        """Loss and MSE (n,) of n samples at the steps t (n,) of 1000 on the CPU; state (n, S, h, w) or None."""
+    def add(self, loss, mse, t, state=None, hidden=None):
+        """Loss and MSE (n,) of n samples at the steps t (n,) of 1000 on the CPU.
+
+        state (n, S, h, w): what the automaton leaves, whose last `hidden` channels live on; None without one.
+        """
         bins = on_device(t * BINS // 1000, mse.device)
         one = torch.ones_like(mse)
         self.loss += torch.stack([loss.sum(), one.sum()])
         self.mse.index_add_(0, bins, torch.stack([mse, one], 1))
         if state is not None:
-            squares = state.float().square().mean((1, 2, 3))
-            self.state += torch.stack([squares.sum(), one.sum()])
+            parts = torch.stack([part.float().square().mean((1, 2, 3)) for part in (state, state[:, -hidden:])])
+            self.state += torch.stack([parts.sum(1), one.sum().expand(2)], 1)
 
     def means(self, accelerator):
-        """Over all processes -> dict: loss, loss_t0 … loss_t4 (of the bins that had samples), state_rms (GeCA's)."""
-        sums = accelerator.reduce(torch.cat([self.loss[None], self.mse, self.state[None]]), "sum")
-        loss, *bins, state = [total / count if count else None for total, count in sums.tolist()]
+        """Over all processes -> dict: loss, loss_t0 … loss_t4 (of the bins that had samples) and, of GeCA, state_rms.
+
+        That is the root mean square of the whole state, hidden_rms that of its hidden channels.
+        """
+        sums = accelerator.reduce(torch.cat([self.loss[None], self.mse, self.state]), "sum")
+        loss, *bins, state, hidden = [total / count if count else None for total, count in sums.tolist()]
         rows = {"loss": loss} | {f"loss_t{i}": value for i, value in enumerate(bins) if value is not None}
-        return rows if state is None else rows | {"state_rms": math.sqrt(state)}
+        return rows if state is None else rows | {"state_rms": math.sqrt(state), "hidden_rms": math.sqrt(hidden)}
 
 
 class Training:
@@ -115,7 +123,7 @@ class Training:
         torch.manual_seed(options.seed)  # the initialisation is the only draw from the global stream
         self.options, self.accelerator, self.cache = options, accelerator, cache
         self.diffusion = create_diffusion()
-        self.model_args = model_args(model, cache, label_names)
+        self.model_args = model_args(model, cache, label_names, options.position_code)
         net = build(**self.model_args)
         if options.train_heredity and not hasattr(net, "inherit"):
             raise UserError(f"--train-heredity {options.train_heredity}: {model} keeps no state; leave the flag out or "
@@ -126,9 +134,12 @@ class Training:
             net.load_state_dict({**net.state_dict(), **load_from})
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator.device)
         self.averages = {decay: copy.deepcopy(self.ema) for decay in options.more_ema_decays}
+        if options.compile:  # after the averages were copied: a copy would go on computing with these weights
+            net.compile_parts()
         optimiser = make_optimiser(net, options.optimizer, options.lr, tuple(options.adam_betas))
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
         self.step, self.best_kid, self.minutes, self.time_share = 0, math.inf, 0.0, 0.0
+        self.history = []  # what changed when the run was continued: {"step": …, "changed": flag -> [before, after]}
         self.validated = []  # features (n, D) of the images of each validation, for --validation-kid accumulated
         self.batch = min(options.batch, len(cache))
         self.steps_per_epoch = len(cache) // self.batch
@@ -136,6 +147,11 @@ class Training:
         self.loss_weight = None
         if options.min_snr:
             self.loss_weight = min_snr_weight(self.diffusion.alphas_cumprod, options.min_snr)
+
+    @property
+    def parameters(self):
+        """How many numbers the net has."""
+        return sum(p.numel() for p in self.ema.parameters())
 
     @property
     def epoch(self):
@@ -152,8 +168,8 @@ class Training:
 
     @property
     def bare_net(self):
-        """The net itself, without DistributedDataParallel around it."""
-        return self.accelerator.unwrap_model(self.net)
+        """The net itself, without DistributedDataParallel or accelerate's torch.compile around it."""
+        return self.accelerator.unwrap_model(self.net, keep_torch_compile=False)
 
     def train_step(self, measure=False):
         """One step: draw, loss, gradient, update, averages; `measure` the norm of the gradient for the log."""
@@ -188,6 +204,9 @@ class Training:
         for place, image in mine:
             g = generator(self.options.seed, "train", self.step, place)
             x = self.cache.draw(image, self.latent_generator(image, place))
+            if not x.isfinite().all():
+                raise UserError(f"{self.cache.path}: the latents of image {image} are not finite; remove it and "
+                                "extract again")
             t = torch.randint(self.diffusion.num_timesteps, (), generator=g)
             if self.options.multi_scale:
                 x = multiscale.shrink(x, int(t))
@@ -222,7 +241,8 @@ class Training:
         loss = terms["loss"]
         if self.loss_weight is not None:
             loss = self.diffusion.at(self.loss_weight, t, x).flatten() * terms["mse"] + terms["vb"]
-        self.statistics.add(loss.detach(), terms["mse"].detach(), t, None if after is None else after.detach())
+        state = () if after is None else (after.detach(), self.bare_net.hidden)
+        self.statistics.add(loss.detach(), terms["mse"].detach(), t, *state)
         return loss
 
     @torch.no_grad()
@@ -266,25 +286,34 @@ class Training:
                 "averages": {str(decay): net.state_dict() for decay, net in self.averages.items()},
                 "opt": self.optimiser.state_dict(), "scaler": scaler.state_dict() if scaler else {}, "step": self.step,
                 "epoch": self.epoch, "best_kid": self.best_kid, "minutes": self.minutes, "validated": self.validated,
-                "model_args": self.model_args}
+                "history": self.history, "model_args": self.model_args}
 
     def restore(self, checkpoint):
-        """Go on from the last Checkpoint of this run."""
+        """Go on from the last Checkpoint of this run, with the options of now.
+
+        One of something else raises what torch raises, or ValueError.
+        """
+        lacks = [name for name in ("opt", "step", "minutes", "best_kid") if getattr(checkpoint, name) in (None, {})]
+        if lacks:
+            raise ValueError(f"has no `{lacks[0]}`")
         self.bare_net.load_state_dict(checkpoint.model)
         self.ema.load_state_dict(checkpoint.ema)
         for decay, net in self.averages.items():
             net.load_state_dict(checkpoint.averages[str(decay)])
         self.optimiser.load_state_dict(checkpoint.opt)
+        for group in self.optimiser.param_groups:  # they come with its state
+            group["betas"] = tuple(self.options.adam_betas)
         if self.accelerator.scaler and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.step, self.minutes, self.best_kid = checkpoint.step, checkpoint.minutes, checkpoint.best_kid
-        self.validated = list(checkpoint.validated)
+        self.validated, self.history = list(checkpoint.validated), list(checkpoint.history)
 
 
-def model_args(model, cache, label_names):
-    """Name and sizes of the net that a latent cache and its labels ask for."""
-    return {"model": model, "input_size": cache.mean.shape[-1], "num_classes": len(label_names),
-            "in_channels": cache.mean.shape[2]}
+def model_args(model, cache, label_names, position_code="published"):
+    """Name and sizes of the net that a latent cache and its labels ask for, and the position code if it is ours."""
+    sizes = {"model": model, "input_size": cache.mean.shape[-1], "num_classes": len(label_names),
+             "in_channels": cache.mean.shape[2]}
+    return sizes if position_code == "published" else sizes | {"position_code": position_code}
 
 
 def build(model, **sizes):
@@ -308,6 +337,9 @@ def weights_to_start_from(checkpoint, sizes, label_names, flag):
     if odd:
         raise UserError(f"{flag}: holds a {checkpoint.model_args['model']}, whose {odd[0]} does not fit; give the same "
                         "--model and sizes")
+    codes = [args.get("position_code", "published") for args in (checkpoint.model_args, sizes)]
+    if codes[0] != codes[1]:  # it has no weights that could be odd
+        raise UserError(f"{flag}: was trained with --position-code {codes[0]}; give the same")
     theirs = checkpoint.label_names  # None: not named, so that only their number can be compared
     others = (theirs is not None and theirs != list(label_names)) or (
         checkpoint.model_args["num_classes"] != len(label_names))

@@ -11,6 +11,7 @@ lower the rank of FID's covariance. Images of one patient are taken as independe
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,15 @@ class Runs:
     error: float | None  # standard error of the mean
     low: float | None
     high: float | None
+
+
+class Difference(NamedTuple):
+    """The score of one generator minus that of another, and how certain it is."""
+
+    value: float
+    p: float  # two-sided
+    low: float  # of a 95 % interval, which leaves out 0 where p is below 0.05
+    high: float
 
 
 def subsample_interval(statistic, *sets, draws=200, seed=0, level=0.95):
@@ -85,15 +95,15 @@ def _interval(value, values, level):
 
 
 def paired_difference(real, first, second):
-    """Is one of two generators nearer to the real images? (m, d), (n, d), (n, d) -> KID difference, two-sided p.
+    """Is one of two generators nearer to the real images? (m, d), (n, d), (n, d) -> Difference of KID.
 
     first[i] and second[i] answer the same label. The difference is that of the unbiased estimates, KID(real, first) −
     KID(real, second). To first order it is a mean over pairs of h_i plus a mean over real images of r_j, with
     h_i = 2 (k̄(first_i, first) − k̄(first_i, real)) − 2 (the same of second),  r_j = 2 (k̄(real_j, second) − k̄(real_j,
-    first)). Its variance is var h / n + var r / m, and p that of the normal distribution. Because h is of pairs, what a
-    label does to both images cancels. Swapping the images of pairs at random would not do: it tests whether the two
-    sets differ at all, and finds two generators that are equally far from the real images on different sides. Between
-    generators that are both perfect the test is cautious: p is too large.
+    first)). Its variance is var h / n + var r / m; p and the interval are those of the normal distribution. Because h
+    is of pairs, what a label does to both images cancels. Swapping the images of pairs at random would not do: it tests
+    whether the two sets differ at all, and finds two generators that are equally far from the real images on different
+    sides. Between generators that are both perfect the test is cautious: p is too large.
     """
     real, first, second = check_features(2, real=real, first=first, second=second)
     if len(first) != len(second):
@@ -108,7 +118,9 @@ def paired_difference(real, first, second):
     r = 2 * (_row_sums(real, second) - _row_sums(real, first)) / n
     difference = float(h.mean() + r.mean()) / 2  # exactly: the kernel among real images is in both and cancels
     error = math.sqrt(h.var(ddof=1) / n + r.var(ddof=1) / m)
-    return difference, float(2 * stats.norm.sf(abs(difference) / error)) if error else 1.0
+    reach = float(stats.norm.isf(0.025)) * error
+    p = float(2 * stats.norm.sf(abs(difference) / error)) if error else 1.0
+    return Difference(difference, p, difference - reach, difference + reach)
 
 
 def _row_sums(x, y, paired=False):

@@ -4,13 +4,14 @@ r"""Do the scores of evaluate.py move as they promise? Real images, made worse i
         --output check
 
 Five sets of equally many images: real images that nothing else saw (ROOT/test.csv), the same blurred, the same with
-noise, copies of training images, and images of another data root (--other, left out without it). Writes them to
+noise, copies of training images, and images of another data root (--other, left out without it). With --vae a sixth,
+of which nothing is promised: the first, encoded and decoded, to show what the autoencoder alone costs. Writes them to
 OUTPUT/sets, calls evaluate.py on all of them, and says of each promise whether it was kept; exit code 1 if one was not.
 """
 
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,8 +24,11 @@ from core.cli import Parser, integer, run
 from core.errors import UserError
 from core.files import make_folder
 from core.random import generator
+from dataset import outside
 from dataset.images import load_image
 from dataset.root import read_split, write_split
+from dataset.vae import cells_per_side, open_codec
+from evaluation.results import read
 
 BLUR = 1 / 64  # radius as a share of the side
 NOISE = 20  # standard deviation in grey values
@@ -33,14 +37,15 @@ NOISE = 20  # standard deviation in grey values
 def main():
     args = parser().parse_args()
     make_folder(args.output, "--output")
-    folders = make_sets(args.real, args.other, args.fold, args.image_size, args.global_seed, args.output / "sets")
+    folders = make_sets(args.real, args.other, args.fold, args.image_size, args.global_seed, args.output / "sets",
+                        args.vae)
     command = [sys.executable, str(Path(__file__).resolve().parent.parent / "evaluate.py"), "--real", str(args.real),
                "--fold", str(args.fold), "--image-size", str(args.image_size), "--features", args.features,
                "--lpips", args.lpips, "--global-seed", str(args.global_seed), "--output", str(args.output),
-               "--gen", *map(str, folders)]
+               *outside.flags(), "--gen", *map(str, folders)]
     if subprocess.run(command, check=False).returncode:
         raise UserError("evaluate.py failed, see above")
-    rows = {Path(row["folder"]).name: row for row in json.loads((args.output / "results.json").read_text())["rows"]
+    rows = {Path(row["folder"]).name: row for row in read([args.output / "results.json"])[0]["rows"]
             if row["kind"] == "generated"}
     outcomes = promises(rows)
     for name, kept in outcomes.items():
@@ -48,8 +53,8 @@ def main():
     sys.exit(0 if all(outcomes.values()) else 1)
 
 
-def make_sets(real, other, fold, image_size, seed, output):
-    """Write the sets of images below `output` -> their folders. real, other: data roots; other may be None."""
+def make_sets(real, other, fold, image_size, seed, output, vae=None):
+    """Write the sets of images below `output` -> their folders. real, other: data roots; other and vae may be None."""
     test, train, validation = (read_split(real, name) for name in ("test", f"train_{fold}", f"val_{fold}"))
     count = min(len(test), len(validation), len(train))
     sources = {"independent": (test, unchanged), "blurred": (test, blur), "noisy": (test, noise),
@@ -59,6 +64,10 @@ def make_sets(real, other, fold, image_size, seed, output):
         if len(other_test) < count:
             raise UserError(f"--other {other}: has {len(other_test)} test images, expected at least {count}")
         sources["other"] = (other_test, unchanged)
+    if vae is not None:
+        codec = open_codec(vae)
+        cells_per_side(image_size, codec)  # refuses what the autoencoder cannot halve
+        sources["reconstructed"] = test, partial(reconstruct, codec)
     for name, (split, change) in sources.items():
         chosen = torch.randperm(len(split), generator=generator(seed, "check", split.csv.name))[:count].numpy()
         images = [change(Image.fromarray(load_image(split.paths[i], image_size)),
@@ -90,6 +99,11 @@ def noise(image, draw):
     pixels = np.asarray(image, np.float32)
     grey = torch.randn(pixels.shape[:2], generator=draw).numpy()[:, :, None]  # as a camera's, not coloured
     return Image.fromarray((pixels + NOISE * grey).round().clip(0, 255).astype(np.uint8))
+
+
+def reconstruct(codec, image, _):
+    mean, _ = codec.moments(np.array(image)[None])
+    return Image.fromarray(codec.decode(mean)[0].numpy())
 
 
 def promises(rows):
@@ -131,6 +145,9 @@ def parser():
     p = Parser(__doc__)
     p.add_argument("--real", type=Path, required=True, metavar="ROOT", help="data root with a test.csv")
     p.add_argument("--other", type=Path, metavar="ROOT", help="data root of another modality")
+    p.add_argument("--vae", metavar="NAME", help="also score the test images, encoded and decoded by this autoencoder: "
+                   "ema, mse, retina or a folder")
+    outside.add_flag(p)
     p.add_argument("--fold", type=integer(0), default=0, help="whose images are the training and validation images")
     p.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the images, in pixels")
     p.add_argument("--features", default="inception", metavar="NAME", help="feature space, as of evaluate.py")

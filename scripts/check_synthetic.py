@@ -10,6 +10,8 @@ The same command continues a stopped check.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +22,15 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from core.claims import built_whole
 from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import built_whole, write_text
+from core.files import write_text
 from core.random import generator
-from core.text import aligned
+from core.text import aligned, p_is, p_value
 from dataset.root import read_split, write_split
 from dataset.sources.phantom import draw_scan
+from evaluation.results import read
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, FOLDS, EXPAND = 64, 2, 5
@@ -51,7 +55,7 @@ def main():
             more = [] if name == "real" else ["--synthetic", args.output / name, "--baseline", runs["real"]]
             script("classify.py", "--data-path", data, *more, *SMALL, "--method", name, "--global-seed", seed,
                    "--output", folder)
-            rows.append({"seed": seed, **row_of(json.loads((folder / "results.json").read_text()))})
+            rows.append({"seed": seed, **row_of(read([folder / "results.json"])[0])})
     print(table(rows))
     wrong = verdict(rows)
     print("\n".join(wrong) or "as it must be: the perfect generator helps, shuffled labels do not")
@@ -72,8 +76,7 @@ def make_synthetic(data, fold, output, seed):
     labels = np.tile(split.labels, (EXPAND, 1))
     names = [f"images/{i:05d}.png" for i in range(len(labels))]
     order = torch.randperm(len(labels), generator=generator(seed, "shuffled", fold)).numpy()
-    kinds = {"perfect": (names, labels), "shuffled": ([f"../../perfect/fold-{fold}/{n}" for n in names], labels[order])}
-    for kind, (files, shown) in kinds.items():
+    for kind, shown in (("perfect", labels), ("shuffled", labels[order])):
         folder = output / kind / f"fold-{fold}"
         if folder.is_dir():
             continue
@@ -81,9 +84,11 @@ def make_synthetic(data, fold, output, seed):
         with built_whole(folder) as made:
             if kind == "perfect":
                 draw(made, names, labels, split.label_names, (seed, fold))
+            else:  # the same files
+                shutil.copytree(output / "perfect" / folder.name / "images", made / "images", copy_function=os.link)
             write_text(made / "settings.json", json.dumps({"about": {"model": kind}}) + "\n")
-            write_split(made, f"train_syn_{fold}", files, shown, split.label_names, [f"syn_{i}" for i in
-                                                                                    range(len(files))])
+            write_split(made, f"train_syn_{fold}", names, shown, split.label_names, [f"syn_{i}" for i in
+                                                                                    range(len(names))])
 
 
 def draw(folder, names, labels, label_names, seed):
@@ -110,7 +115,9 @@ def table(rows):
     """One line for each set of images; scores in per cent."""
     lines = [["seed", "training set", "images", "mAP", "AUC", "F1(sen/spe)", "gain of mAP", "p"]]
     for row in rows:
-        test = [f"{100 * row['gain']:+.2f}", f"{row['p']:.4f} {row['stars']}".strip()] if "gain" in row else ["–", "–"]
+        test = ["–", "–"]
+        if "gain" in row:
+            test = [f"{100 * row['gain']:+.2f}", f"{p_value(row['p'])} {row['stars']}".strip()]
         lines.append([str(row["seed"]), row["method"], str(row["images"]),
                       *(f"{100 * row[score]:.2f}" for score in ("ap", "auc", "f1_sen_spe")), *test])
     return aligned(lines, left=2)
@@ -123,10 +130,10 @@ def verdict(rows):
         perfect, shuffled = (next(r for r in rows if r["seed"] == seed and r["method"] == name)
                              for name in ("perfect", "shuffled"))
         if perfect["gain"] <= 0 or perfect["p"] >= P:
-            wrong.append(f"seed {seed}: the perfect generator does not help: {100 * perfect['gain']:+.2f}, p = "
-                         f"{perfect['p']:.4f}")
+            wrong.append(f"seed {seed}: the perfect generator does not help: {100 * perfect['gain']:+.2f}, "
+                         f"{p_is(perfect['p'])}")
         if shuffled["gain"] > 0 and (shuffled["p"] < P or shuffled["gain"] >= SHARE * perfect["gain"]):
-            wrong.append(f"seed {seed}: shuffled labels help: {100 * shuffled['gain']:+.2f}, p = {shuffled['p']:.4f}")
+            wrong.append(f"seed {seed}: shuffled labels help: {100 * shuffled['gain']:+.2f}, {p_is(shuffled['p'])}")
     return wrong
 
 

@@ -30,6 +30,8 @@ from core import claims
 from core.cli import Parser, integer, run
 from core.errors import UserError
 from core.files import file_hash, make_folder, write_text
+from core.runtime import AGAIN
+from dataset import outside
 from dataset.root import read_split
 from diffusion.samplers import SAMPLERS
 from models import MODELS
@@ -41,6 +43,7 @@ KINDS = {1: ("extract", "train", "sample", "evaluate", "table"),
          2: ("extract", "train", "sample", "baseline", "classify", "table")}
 EXTRA = ("train", "sample", "classify")  # scripts that may be given further flags
 BASELINES = {"baseline": "geometric", "baseline-without-augmentation": "none"}  # method -> --augment
+REPEAT_SECONDS = 10  # between two SIGUSR1 to a command that goes on
 NOT_SETTINGS = ("data", "output", "folds", "models", "only", "launch", "sample_launch", "throughput", "dry_run",
                 "table")  # of these, a continued plan may have others
 
@@ -136,9 +139,10 @@ class Plan:
 
     # ---- what they share
 
-    def command(self, launch, *words):
+    def command(self, launch, script, *words):
         """A line of shell; paths are as seen from the repository."""
-        return f"{launch} " + " ".join(shlex.quote(str(word)) for word in words)
+        allowed = outside.flags() if script != "make_tables.py" else []  # which reads no data root
+        return f"{launch} " + " ".join(shlex.quote(str(word)) for word in (script, *allowed, *words))
 
     def preset(self, model):
         if not self.args.model_preset:
@@ -210,21 +214,38 @@ def is_done(step, output):
 
 
 def execute(step, output):
-    """Run a command; note that it is done, or end this program with its exit code."""
+    """Run a command; note that it is done, or end this program: with its exit code, AGAIN after SIGTERM or SIGUSR1."""
     print(step.command, flush=True)
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` is this one
-    child = subprocess.Popen(["bash", "-c", step.command], env={**os.environ, "PATH": places})
-    handlers = {signal.SIGINT: lambda *_: None,  # the terminal has told the child too, which saves its work
-                signal.SIGTERM: lambda *_: child.terminate()}
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    code = child.wait()
+    child, asked = subprocess.Popen(["bash", "-c", step.command], env={**os.environ, "PATH": places}), []
+
+    def hand_on(kind, frame):
+        asked.append(kind)
+        if kind != signal.SIGINT:  # the terminal has told the child too, which saves its work
+            child.send_signal(kind)
+
+    before = {kind: signal.signal(kind, hand_on) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    code = wait(child, asked)
     for kind, handler in before.items():
         signal.signal(kind, handler)
-    if code:
-        print(f"{Path(__file__).name}: {step.name} ended with exit code {code}; the same command goes on from there",
+    if not code:
+        write_text(stamp(step, output), step.command + "\n")
+    if code or asked:
+        print(f"{called()}: {step.name} ended with exit code {code}; the same command goes on from there",
               file=sys.stderr)
+        if asked:  # whatever a launcher made of the exit code
+            sys.exit(130 if signal.SIGINT in asked else AGAIN)
         sys.exit(code if code > 0 else 128 - code)
-    write_text(stamp(step, output), step.command + "\n")
+
+
+def wait(child, asked):
+    """The exit code of a command. SIGUSR1, once in `asked`, is repeated: processes that still start may miss it."""
+    while True:
+        try:
+            return child.wait(REPEAT_SECONDS)
+        except subprocess.TimeoutExpired:
+            if signal.SIGUSR1 in asked:
+                child.send_signal(signal.SIGUSR1)
 
 
 def written(steps, args, exported):
@@ -261,10 +282,16 @@ class PlanParser(Parser):
         return super().parse_known_args(joined, namespace)
 
 
+def called():
+    """The script that a user has called: table1.sh and table2.sh start this one with the number of their table."""
+    return f"table{sys.argv[1]}.sh" if sys.argv[1:2] in (["1"], ["2"]) else Path(__file__).name
+
+
 def parser():
-    p = PlanParser(__doc__, presets=presets_of("table"), own_dry_run=True)
-    p.add_argument("table", type=int, choices=(1, 2), help="which table (table1.sh, table2.sh say it)")
+    p = PlanParser(__doc__, presets=presets_of("table"), own_dry_run=True, prog=called())
+    p.add_argument("table", type=int, choices=(1, 2), help=argparse.SUPPRESS)  # table1.sh and table2.sh say it
     p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root of prepare_data.py")
+    outside.add_flag(p)
     p.add_argument("--output", type=Path, metavar="DIR", help="for everything (default: runs/tables-ROOT)")
     p.add_argument("--folds", type=fold_list, metavar='"0 1 ..."', help="which folds (default: all that there are)")
     p.add_argument("--models", type=model_list, metavar='"NAME ..."',
@@ -316,4 +343,4 @@ def model_list(text):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, name=called())

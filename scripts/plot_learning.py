@@ -6,7 +6,6 @@ The picture: left, KID against the held-out error, a dot per arm, way of samplin
 relative to the best arm of the model in five bins of the diffusion step. --table prints a line per arm in Markdown.
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,8 +21,10 @@ from matplotlib import pyplot as plt
 
 from core.cli import Parser, run
 from core.errors import UserError
+from core.files import read_jsonl
+from core.text import markdown
+from scripts.study_learning import BINS, POINT
 
-NUMBERS = ("kid", "error", "seconds_per_step", "error_by_t")
 COLOURS = {"GeCA-XS": "tab:red", "DiT-S": "tab:blue", "LDM-B": "tab:green"}
 MARKERS = {"published": "o", "none": "x"}
 
@@ -33,14 +34,11 @@ def read(file):
     if not file.is_file():
         raise UserError(f"{file}: no such file; scripts/study_learning.py writes it")
     arms = defaultdict(list)
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            arms[row["model"], row["steps"], row["arm"], row["seed"]].append(row)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}: line {number} is no point of scripts/study_learning.py; remove it") from None
-        if missing := [key for key in (*NUMBERS, "way") if key not in row]:
-            raise UserError(f"{file}: line {number} has no {missing[0]}; remove it and measure again")
+    for row in read_jsonl(file, "remove that line and measure again", POINT):
+        if len(row["error_by_t"]) != BINS:
+            raise UserError(f"{file}: {row['arm']} has {len(row['error_by_t'])} bins of t, expected {BINS}; remove its "
+                            "lines and measure again")
+        arms[row["model"], row["steps"], row["arm"], row["seed"]].append(row)
     return arms
 
 
@@ -52,7 +50,7 @@ def kids(rows, way):
 def table(arms):
     """Markdown: a line per arm and training seed."""
     ways = list(dict.fromkeys(row["way"] for rows in arms.values() for row in rows))
-    yield "| model | steps | training | seed | " + " | ".join(f"KID, {way}" for way in ways) + \
+    yield "| model | steps | training | seed | " + " | ".join(markdown(f"KID, {way}") for way in ways) + \
         " | held-out error × 1e-4 | … in five bins of t | s/step |"
     yield "|---" * (len(ways) + 7) + "|"
     for (model, steps, arm, seed), rows in sorted(arms.items(), key=order):
@@ -60,7 +58,7 @@ def table(arms):
         bins = ", ".join(f"{1e4 * value:.0f}" for value in rows[0]["error_by_t"])
         cells = [model, f"{steps:,}", arm.removeprefix(model).strip(), seed, *scores, f"{1e4 * rows[0]['error']:.0f}",
                  bins, f"{rows[0]['seconds_per_step']:.2f}"]
-        yield "| " + " | ".join(map(str, cells)) + " |"
+        yield "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def order(item):

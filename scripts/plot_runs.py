@@ -1,6 +1,12 @@
-"""Plot the training loss and the validation KID of one or more runs against the step.
+"""Plot what train.py has logged of one or more runs: a panel for each kind of value, against the step.
 
     python scripts/plot_runs.py results/000-GeCA-XS-0 --output curves.png
+    python scripts/plot_runs.py results/* --output curves.png --smooth 20
+
+Pale lines are the values as they were logged, each the mean since the one before it; strong lines are smoothed. KID is
+that of averaged weights and, dashed, of raw ones; the grey band is the noise floor, what as many real images score
+(mean ± standard deviation). The loss by diffusion step is that of the first run. Values that a run did not log are
+left out, and so are panels without any.
 """
 
 import sys
@@ -8,46 +14,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-
-from matplotlib import pyplot as plt
-
-from core.cli import Parser, run
+from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import read_jsonl
-
-
-def read(folder):
-    """Name of each logged value -> its (step, value) pairs."""
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl; give a run folder of train.py")
-    curves = {}
-    for record in read_jsonl(file, "remove the run"):
-        for name in record.keys() - {"step"}:
-            curves.setdefault(name, []).append((record["step"], record[name]))
-    return curves
+from core.files import make_folder
+from evaluation.curves import plot, read
 
 
 def main():
     p = Parser(__doc__)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    p.add_argument("--output", required=True, metavar="FILE", help="picture to write")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
+    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write")
+    p.add_argument("--smooth", type=integer(1), default=10, metavar="N",
+                   help="log lines over which a curve is smoothed; 1: as it is")
     args = p.parse_args()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for folder in args.runs:
-        curves, name = read(folder), Path(folder).name
-        for axes, key in ((left, "loss"), (right, "kid")):
-            if key in curves:
-                axes.plot(*zip(*curves[key], strict=True), marker="." if key == "kid" else None, label=name)
-    left.set(xlabel="step", ylabel="training loss", yscale="log")
-    right.set(xlabel="step", ylabel="validation KID (EMA weights)", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(args.output, dpi=100)
+    names = [str(folder) if len({run.name for run in args.runs}) < len(args.runs) else folder.name
+             for folder in args.runs]
+    runs = dict(zip(names, map(read, args.runs), strict=True))
+    if not any(runs.values()):
+        raise UserError(f"{args.runs[0]}: nothing has been logged yet; wait for --log-every steps")
+    make_folder(args.output.parent, "--output")
+    plot(runs, args.smooth).savefig(args.output, dpi=100)
 
 
 if __name__ == "__main__":

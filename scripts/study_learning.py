@@ -28,6 +28,9 @@ from core.cli import Parser, integer, run  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.files import make_folder, read_jsonl  # noqa: E402
 from core.random import generator  # noqa: E402
+from core.runs import METRICS  # noqa: E402
+from core.schema import Number  # noqa: E402
+from dataset import outside  # noqa: E402
 from dataset.images import load_images  # noqa: E402
 from dataset.root import read_split  # noqa: E402
 from dataset.vae import cells_per_side, open_codec  # noqa: E402
@@ -40,7 +43,8 @@ from metrics.kid import polynomial_mmd  # noqa: E402
 BATCH, SIZE = 32, 64
 DRAWS = 3  # of noise and diffusion step, per validation image, for the held-out error
 BINS = 5
-
+POINT = {"model": str, "steps": Number(), "arm": str, "seed": Number(), "way": str, "sampling_seed": Number(),
+         "kid": float, "error": float, "seconds_per_step": float, "error_by_t": [float]}  # schema of a line
 
 @dataclass(frozen=True)
 class Arm:
@@ -72,12 +76,16 @@ ARMS = [
     # 1: optimiser, learning rate and schedule, the same grid for every model
     *(Arm(f"{model} 3e-4 constant", model, ("--lr", "3e-4")) for model in MODELS),
     *(Arm(f"{model} {lr} linear", model, rate(lr)) for lr in RATES["adamw"] for model in MODELS),
-    *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon")) for lr in RATES["muon"] for model in MODELS),
+    *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon"), seeds=2 if lr == MUON[model] else 1)
+      for lr in RATES["muon"] for model in MODELS),
     *(Arm(f"{model} {lr} cosine", model, rate(lr, "cosine")) for model, lr in ADAMW.items()),
     # 2: what else may help, at each model's best rate
     *(Arm(f"{model} {lr} min-snr", model, (*rate(lr), "--min-snr", "5")) for model, lr in ADAMW.items()),
     heredity("0.5"), heredity("0.9"),
     Arm("GeCA-XS 2e-3 betas 0.99", "GeCA-XS", (*rate("2e-3"), "--adam-betas", "0.9", "0.99")),
+    # the one-dimensional position code as published, above, against rows and columns (docs/GROWTH.md)
+    *(Arm("GeCA-XS muon 4e-3 linear position 2d", "GeCA-XS", (*rate("4e-3", optimizer="muon"), "--position-code", "2d"),
+          steps, seeds) for steps, seeds in ((720, 2), (2160, 1))),
     # 3: longer, with the best of part 1; the comparison of docs/COMPARISON.md
     *(Arm(f"{model} muon {lr} linear", model, rate(lr, optimizer="muon"), steps, seeds)
       for steps, seeds in ((234, 2), (2160, 2), (5760, 1)) for model, lr in MUON.items()),
@@ -91,11 +99,11 @@ SAMPLING_SEEDS = (0, 1)
 def training_command(arm, seed, options):
     """train.py for an arm and a training seed; the number of epochs is that which gives its steps."""
     epochs = arm.steps // (options.images // BATCH)
-    return ["train.py", "--model", arm.model, "--data-path", options.data, "--feature-path", options.output / "latents",
-            "--fold", options.fold, "--image-size", SIZE, "--vae", "retina", "--global-batch-size", BATCH, *arm.flags,
-            "--ema-decay", 0.999, "--epochs", epochs, "--global-seed", seed, "--val-samples", 24, "--sampler", "ddim",
-            "--num-sampling-steps", 25, "--log-every", 90, "--ckpt-every", 500, "--no-checkpoint-steps",
-            "--results-dir", run_folder(arm, seed, options)]
+    return ["train.py", *outside.flags(), "--model", arm.model, "--data-path", options.data, "--feature-path",
+            options.output / "latents", "--fold", options.fold, "--image-size", SIZE, "--vae", "retina",
+            "--global-batch-size", BATCH, *arm.flags, "--ema-decay", 0.999, "--epochs", epochs, "--global-seed", seed,
+            "--val-samples", 24, "--sampler", "ddim", "--num-sampling-steps", 25, "--log-every", 90, "--ckpt-every",
+            500, "--no-checkpoint-steps", "--results-dir", run_folder(arm, seed, options)]
 
 
 def run_folder(arm, seed, options):
@@ -138,23 +146,28 @@ class Study:
                                                                    sampling, self.device)])
         return 1e3 * float(polynomial_mmd(self.real, self.features(images)))
 
-    @torch.no_grad()
     def held_out_error(self, model):
-        """Mean squared error of ε on validation images, over DRAWS draws: (all, list of five bins of t)."""
-        diffusion, errors, steps = create_diffusion(), [], []
-        for draw in range(DRAWS):
-            generators = [generator(0, "held out", draw, i) for i in range(len(self.latents))]
-            t = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
-            noise = torch.stack([torch.randn(self.latents.shape[1:], generator=g) for g in generators])
-            for part in torch.arange(len(t)).split(64):
-                life = [generators[i] for i in part.tolist()]
-                losses = diffusion.training_losses(
-                    lambda x, t, part=part, life=life: model(x, t, self.labels[part], None, life)[0],
-                    self.latents[part], t[part], noise[part])
-                errors.append(losses["mse"])
-            steps.append(t)
-        errors, bins = torch.cat(errors), torch.cat(steps) * BINS // 1000
-        return errors.mean().item(), [errors[bins == i].mean().item() for i in range(BINS)]
+        """What the function says, on the validation images."""
+        return held_out_error(model, self.latents, self.labels)
+
+
+@torch.no_grad()
+def held_out_error(model, latents, labels):
+    """Mean squared error of ε on latents (n, C, h, w), over DRAWS draws: (all, list of five bins of t)."""
+    diffusion, errors, steps = create_diffusion(), [], []
+    for draw in range(DRAWS):
+        generators = [generator(0, "held out", draw, i) for i in range(len(latents))]
+        t = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+        for part in torch.arange(len(t)).split(64):
+            life = [generators[i] for i in part.tolist()]
+            losses = diffusion.training_losses(
+                lambda x, t, part=part, life=life: model(x, t, labels[part], None, life)[0],
+                latents[part], t[part], noise[part])
+            errors.append(losses["mse"])
+        steps.append(t)
+    errors, bins = torch.cat(errors), torch.cat(steps) * BINS // 1000
+    return errors.mean().item(), [errors[bins == i].mean().item() for i in range(BINS)]
 
 
 def ways_of(arm):
@@ -168,7 +181,7 @@ def measure(study, arm, seed, missing):
     file = checkpoint_of(arm, seed, study.options)
     model = checkpoints.build(checkpoints.load(file))
     error, bins = study.held_out_error(model)
-    logged = read_jsonl(file.parents[1] / "metrics.jsonl", "remove the run")
+    logged = read_jsonl(file.parents[1] / "metrics.jsonl", "remove the run", METRICS)
     losses = [row["loss"] for row in logged if "loss" in row]
     speed = [row["steps_per_second"] for row in logged if "steps_per_second" in row]
     for way, sampling_seed in missing:
@@ -193,8 +206,8 @@ def main():
         print("\n".join(shlex.join(map(str, ["python", *command])) for _, _, command in commands))
         return
     make_folder(args.output, "--output")
-    call(["extract_features.py", "--data-path", args.data, "--features-path", args.output / "latents", "--fold",
-          args.fold, "--image-size", SIZE, "--vae", "retina"])
+    call(["extract_features.py", *outside.flags(), "--data-path", args.data, "--features-path",
+          args.output / "latents", "--fold", args.fold, "--image-size", SIZE, "--vae", "retina"])
     file, study = args.output / "points.jsonl", Study(options)
     for arm, seed, command in commands:
         known = {(row["way"], row["sampling_seed"]) for row in read_rows(file)
@@ -216,7 +229,7 @@ def call(command):
 
 
 def read_rows(file):
-    return read_jsonl(file, "remove it and measure again") if file.is_file() else []
+    return read_jsonl(file, "remove it and measure again", POINT) if file.is_file() else []
 
 
 def append_row(file, row):
@@ -228,6 +241,7 @@ def append_row(file, row):
 def parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root")
+    outside.add_flag(p)
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="for runs and points.jsonl")
     p.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, score against val_{fold}")
     p.add_argument("--only", nargs="+", metavar="WORD", help="arms whose name and number of steps contain one of these")

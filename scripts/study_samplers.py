@@ -5,12 +5,17 @@ r"""How few steps does a model need? KID of each model, sampler and number of st
     python scripts/study_samplers.py --plot study other_study --output study
 
 All points have the same labels, those of validation images drawn at random, and the same starting noise; each is scored
-against all validation images of the fold. A point that is in study/points.jsonl already is not measured again.
+against all validation images of the fold. So two points of one model are pairs of images: `paired` is the KID of a
+point minus that of --reference, with the 95 % interval and p of metrics/uncertainty.paired_difference. Without it, two
+KIDs that lie within each other's spread may still differ, or not. A point that is in study/points.jsonl already is not
+measured again; its features are kept beside it, so that another --reference needs no new images.
 """
 
+import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,8 +32,11 @@ from benchmarks.bench import Case, operations
 from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import read_jsonl, write_atomically, write_text
+from core.files import make_folder, read_array, read_jsonl, write_atomically, write_text
 from core.random import generator
+from core.schema import Number
+from core.text import markdown, p_is
+from dataset import outside
 from dataset.images import load_images
 from dataset.root import read_split
 from dataset.vae import cells_per_side, open_codec
@@ -37,6 +45,11 @@ from evaluation.features import open_features
 from generation import checkpoint as checkpoints
 from generation.sampling import SamplingOptions, sample_images
 from metrics.kid import SUBSETS, kid
+from metrics.uncertainty import paired_difference
+
+PAIRED = {"difference": float, "p": float, "interval": [float], "reference": str}
+POINT = {"model": str, "sampler": str, "steps": Number(), "kid": float, "kid_std": float, "gflop_per_image?": float,
+         "paired?": PAIRED}
 
 
 class Study:
@@ -63,23 +76,48 @@ class Study:
         if self.real is None:
             self.real = self.space(load_images(self.split.paths, trained["image_size"]))
         cost = operations(Case(trained["model"], cells, 8, self.device), "guided", "asynchronous") / 8
-        for sampler in self.args.samplers:
-            for steps in self.args.steps:
-                about = {"model": trained["model"], "step": checkpoint.step, "sampler": sampler, "steps": steps,
-                         "images": self.args.images, "seed": self.args.global_seed, "cfg_scale": self.args.cfg_scale}
-                if any(about.items() <= point.items() for point in self.points):
-                    continue
-                started = time.perf_counter()
-                scores = self.score(model, codec, cells, sampler, steps)
-                self.add({**about, **scores, "gflop_per_image": steps * cost / 1e9,
-                          "seconds_per_image": (time.perf_counter() - started) / self.args.images})
+        ways = [(sampler, steps) for sampler in self.args.samplers for steps in self.args.steps]
+        for sampler, steps in dict.fromkeys([self.args.reference, *ways]):
+            about = {"model": trained["model"], "step": checkpoint.step, "sampler": sampler, "steps": steps,
+                     "images": self.args.images, "seed": self.args.global_seed, "cfg_scale": self.args.cfg_scale}
+            if self.features_of(about).is_file() and any(about.items() <= point.items() for point in self.points):
+                continue
+            started = time.perf_counter()
+            features = self.sampled(model, codec, cells, sampler, steps)
+            seconds = (time.perf_counter() - started) / self.args.images
+            write_atomically(self.features_of(about), partial(save_array, features))
+            self.add({**about, **self.score(features), "gflop_per_image": steps * cost / 1e9,
+                      "seconds_per_image": seconds})
 
-    def score(self, model, codec, cells, sampler, steps):
+    def features_of(self, about):
+        """The file that keeps the features of a point."""
+        values = [about[key] for key in ("model", "step", "sampler", "steps", "images", "seed", "cfg_scale")]
+        return self.args.output / "features" / f"{'-'.join(map(str, values)).replace('/', '-')}.npy"
+
+    def compare(self):
+        """Note the paired difference to --reference at every point whose images are kept, and its own; write all."""
+        sampler, steps = self.args.reference
+        for i, point in enumerate(self.points):
+            reference = {**point, "sampler": sampler, "steps": steps}
+            files = [self.features_of(about) for about in (point, reference)] if point["model"] != "real" else []
+            plain = {key: value for key, value in point.items() if key != "paired"}
+            if files and files[0] != files[1] and all(file.is_file() for file in files):
+                features = [read_array(file, "remove it and its point", 2) for file in files]
+                found = paired_difference(self.real, *features)
+                plain["paired"] = {"difference": found.value, "p": found.p, "interval": [found.low, found.high],
+                                   "reference": f"{sampler} {steps}"}
+            self.points[i] = plain
+        write_text(self.file, "".join(json.dumps(point) + "\n" for point in self.points))
+
+    def sampled(self, model, codec, cells, sampler, steps):
+        """Features (n, D) of what a model makes of the labels."""
         options = SamplingOptions(steps=steps, sampler=sampler, cfg_scale=self.args.cfg_scale,
                                   seed=self.args.global_seed)
         ids = range(len(self.labels))
         images = [made for _, made in sample_images(model, codec, self.labels, ids, cells, options, self.device)]
-        features = self.space(np.concatenate(images))
+        return self.space(np.concatenate(images))
+
+    def score(self, features):
         mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
         return {"kid": mean, "kid_std": std}
 
@@ -95,25 +133,41 @@ class Study:
         order = torch.randperm(len(train), generator=generator(self.args.global_seed, "noise floor"))
         paths = [train.paths[i] for i in order[:self.args.images].tolist()]
         size = checkpoints.load(self.args.ckpt[0]).args["image_size"]
-        features = self.space(load_images(paths, size))
-        mean, std = kid(self.real, features, len(features) // 4, SUBSETS, self.args.global_seed)
-        self.add({"model": "real", "sampler": "-", "steps": 0, "images": self.args.images, "kid": mean, "kid_std": std})
+        self.add({"model": "real", "sampler": "-", "steps": 0, "images": self.args.images,
+                  **self.score(self.space(load_images(paths, size)))})
+
+
+def save_array(array, path):
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 def read_points(folders):
-    points = [point for folder in folders for point in read_jsonl(Path(folder) / "points.jsonl", "remove it")]
+    points = [point for folder in folders for point in read_jsonl(Path(folder) / "points.jsonl", "remove it", POINT)]
     return list({json.dumps(point): point for point in points}.values())
 
 
 def row(point):
     score = f"{1e3 * point['kid']:7.1f} ± {1e3 * point['kid_std']:5.1f}"
     cost = f"{point['gflop_per_image']:9.1f}" if "gflop_per_image" in point else f"{'-':>9}"
-    return f"| {point['model']:8} | {point['sampler']:7} | {point['steps']:5} | {score} | {cost} |"
+    cells = [f"{markdown(point['model']):8}", f"{markdown(point['sampler']):7}", f"{point['steps']:5}", score, cost]
+    return f"| {' | '.join([*cells, paired(point)])} |"
+
+
+def paired(point):
+    """The difference to the reference, its interval and p, as text; nothing where a study has not kept it."""
+    if "paired" not in point:
+        return ""
+    found = point["paired"]
+    low, high = (1e3 * end for end in found["interval"])
+    return (f"{1e3 * found['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {markdown(p_is(found['p']))}, "
+            f"against {markdown(found['reference'])}")
 
 
 def table(points):
     """Markdown, sorted."""
-    head = "| model | sampler | steps | KID[retina] × 1e-3 | GFLOP per image |\n|---|---|---|---|---|"
+    head = ("| model | sampler | steps | KID[retina] × 1e-3 | GFLOP per image | paired difference of KID (95 %) |\n"
+            "|---|---|---|---|---|---|")
     return "\n".join([head, *map(row, sorted(points, key=lambda p: (p["model"], p["sampler"], p["steps"])))]) + "\n"
 
 
@@ -139,7 +193,7 @@ def plot(points, path):
 
 def main():
     args = parser().parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output / "features", "--output")
     if args.plot:
         points = read_points(args.plot)
     elif not args.ckpt or not args.data_path:
@@ -150,6 +204,7 @@ def main():
             study.measure(path)
         if not any(point["model"] == "real" for point in study.points):
             study.noise_floor()
+        study.compare()
         points = study.points
     write_text(args.output / "table.md", table(points))
     plot(points, args.output / "steps.png")
@@ -160,16 +215,27 @@ def parser():
     p = Parser(__doc__)
     p.add_argument("--ckpt", type=Path, nargs="+", metavar="FILE", help="checkpoints of train.py")
     p.add_argument("--data-path", type=Path, metavar="ROOT", help="data root they were trained on")
+    outside.add_flag(p)
     p.add_argument("--fold", type=integer(0), default=0, help="whose validation images are the real ones")
     p.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), metavar="NAME", help="which")
     p.add_argument("--steps", type=integer(1, 1000), nargs="+", default=[10, 25, 50, 100, 250], metavar="N",
                    help="numbers of sampling steps")
+    p.add_argument("--reference", type=point_name, default="ddpm 250", metavar="'SAMPLER STEPS'", help="what every "
+                   "other point of a model is compared with, pair by pair; it is measured too")
     p.add_argument("--images", type=integer(8), default=64, help="images per point")
     p.add_argument("--cfg-scale", type=number(0), default=1.5, help="guidance")
     p.add_argument("--global-seed", type=integer(0), default=0, help="seed of labels, images and subsets")
     p.add_argument("--plot", type=Path, nargs="+", metavar="DIR", help="join the points of earlier studies")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="points.jsonl, table.md, steps.png")
     return p
+
+
+def point_name(text):
+    """An argparse type: a sampler and a number of steps."""
+    sampler, _, steps = text.partition(" ")
+    if sampler not in SAMPLERS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(SAMPLERS)} and a number of steps")
+    return sampler, integer(1, 1000)(steps)
 
 
 if __name__ == "__main__":

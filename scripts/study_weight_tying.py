@@ -18,7 +18,7 @@ import models
 from automaton import grow
 from core.cli import Parser, integer, run
 from core.random import on_device
-from dataset import latents
+from dataset import latents, outside
 from dataset.root import read_split
 from generation.sampling import SamplingOptions
 from generation.training import Training, TrainingOptions
@@ -51,6 +51,7 @@ class Untied(models.GeCA):
 def main():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root")
+    outside.add_flag(p)
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of study_learning.py")
     p.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, score against val_{fold}")
     p.add_argument("--only", choices=("tied", "untied"), help="one of the two")

@@ -3,14 +3,18 @@
 Nothing is guessed: where there is no measurement of this very task (model, grid, precision), there is no estimate.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from core.errors import UserError
-from core.files import read_jsonl
+from core.files import read_json, read_jsonl
+from core.runs import METRICS
+from core.schema import Number
+
+POSITIVE = Number(1e-12, whole=False)
+ROW = {"model": str, "task": str, "cells": int, "variant": str, "images": POSITIVE, "seconds": POSITIVE}
+BENCHMARK = {"device": str, "results": {str: {"rows": [ROW]}}}  # schema of what benchmarks/bench.py writes
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,7 @@ def precision_of(text):
 
 def read_benchmark(file):
     """Raises UserError."""
-    try:
-        benchmark = json.loads(Path(file).read_text())
-        if not benchmark["results"] or not all("rows" in part for part in benchmark["results"].values()):
-            raise ValueError("no tasks in it")
-        return benchmark
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--throughput {file}: not a file of benchmarks/bench.py --json ({error!r})") from None
+    return read_json(file, "--throughput takes what benchmarks/bench.py --json writes", BENCHMARK)
 
 
 def rate_of(folder):
@@ -90,9 +88,9 @@ def rate_of(folder):
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     if not metrics.is_file() or not log.is_file():
         return None
-    rates = [row.get("images_per_second") for row in read_jsonl(metrics, f"remove {folder}")]
+    rates = [row.get("images_per_second") for row in read_jsonl(metrics, f"remove {folder}", METRICS)]
     rates = [rate for rate in rates if rate]
-    started = re.findall(r"(\d+) process\(es\) on (\w+)", log.read_text())
+    started = re.findall(r"(\d+) process\(es\) on (\w+)", log.read_text(encoding="utf-8", errors="replace"))
     if not rates or not started:
         return None
     processes, device = started[-1]

@@ -4,7 +4,6 @@ The network is a server in this process that answers as Hugging Face and as a pl
 """
 
 import hashlib
-import json
 import os
 import threading
 import urllib.request
@@ -23,8 +22,8 @@ from safetensors.torch import save_file
 
 import fetch_assets
 from core import assets
-from core.assets import weights_hash
 from core.cli import Parser
+from core.tensors import weights_hash
 from dataset.vae import open_codec
 
 TINY = "test_resnet.r160_in1k"  # timm's own model for tests, 0.5 M parameters
@@ -114,7 +113,7 @@ def test_diffusers_takes_its_weights_from_the_folder(tmp_path):
         in_hub(tmp_path, f"stabilityai/sd-vae-ft-{name}", tiny_vae(seed).save_pretrained)
     assets.use(tmp_path)
     for name, seed in (("ema", 1), ("mse", 2)):
-        assert open_codec(name).identity == f"{name}:{weights_hash(tiny_vae(seed))}"
+        assert open_codec(name).identity == f"{name}:{weights_hash(tiny_vae(seed))}:x0.18215"
     # and so does diffusers by itself, although huggingface_hub was imported long before
     assert weights_hash(diffusers.AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")) == \
         weights_hash(tiny_vae(2))
@@ -261,7 +260,7 @@ def server(monkeypatch):
 
 def fetched(folder):
     """name -> the weights file of each asset in a folder."""
-    entries = json.loads((folder / "checksums.json").read_text())
+    entries = fetch_assets.read_checksums(folder)
     return {name: [folder / path for path in entry["files"]] for name, entry in entries.items()}
 
 
@@ -269,7 +268,7 @@ def test_fetch_then_check(server, tmp_path, capsys):
     folder = tmp_path / "w"
     assert call_script("fetch_assets.py", "--check", tmp_path).returncode == 1
     fetch_assets.fetch(folder)
-    entries = json.loads((folder / "checksums.json").read_text())
+    entries = fetch_assets.read_checksums(folder)
     snapshot = f"huggingface/hub/models--some--vae/snapshots/{REVISION}"
     assert entries["vae"]["revision"] == REVISION and entries["vae"]["source"] == "some/vae"
     assert entries["vae"]["files"][f"{snapshot}/w.safetensors"] == {

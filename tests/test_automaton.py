@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import fill, generators, largest_relative
 
-from automaton import reference
+from automaton import engines, graphs, reference
 from automaton.attention import neighbourhood_attention
 from automaton.engines import firing_rows
-from automaton.rule import FeedForward, Modulation
+from automaton.rule import POSITION_CODES, FeedForward, Modulation, position_code
 from models import MODELS, GeCA
 
 
@@ -95,7 +95,7 @@ def test_attention_keeps_no_nine_copies():
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
         out = neighbourhood_attention(q.flatten(0, 2), k, v, torch.arange(128))
     assert sum(kept) == 3 * q.numel() + 2 * 8 * 8  # q, k, v and which cells attend
-    assert not vars(out.grad_fn)  # and nothing beside what is saved for backward
+    assert vars(out.grad_fn) == {"fused": False}  # and nothing beside what is saved for backward
 
 
 def call(model, engine, rate, grid, n, again=True):
@@ -204,6 +204,26 @@ def test_engines_agree_without_gradients_and_leave_the_state_alone(grid):
     assert torch.equal(state, before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("grid", [(1, 1), (7, 4), (9, 9)])
+def test_what_a_graph_records_is_what_the_engine_computes(grid, fused, monkeypatch):
+    """Cells that rest fill up each image or, fused, the list of all cells to a round number: here without a GPU."""
+    model, (x, t, y) = small_geca(), inputs(3, *grid)
+    model.engine = "asynchronous"
+    expected = model(x, t, y, None, generators(3))[1]
+    recorded = []
+    monkeypatch.setattr(graphs, "wanted", lambda x: True)
+    monkeypatch.setattr(graphs, "replay", lambda model, settings, function, inputs: (
+        recorded.append(inputs[2].shape), function(*inputs))[1])
+    monkeypatch.setattr(engines, "_fused", engines.Parts)
+    model.fused = fused
+    assert largest_relative(model(x, t, y, None, generators(3))[1], expected) < 1e-5
+    (shape,) = recorded
+    assert shape[:2] == ((4, 1) if fused else (4, 3))
+    assert shape[2] % graphs.ROUND == 0 or shape[2] == grid[0] * grid[1] * (3 if fused else 1)
+
+
 def test_light_cone():
     """In s steps a cell can be influenced only from within s cells."""
     model, (x, t, y) = small_geca(steps=3), inputs(1, 11, 13)
@@ -289,7 +309,7 @@ def test_gelu_is_exact_and_norms_have_the_published_eps():
             p.zero_()
         model.final_layer.linear.weight[:, 0] = 1
         zero = torch.zeros(1, 1, 64)
-        update = model.update(flat, Modulation(*[zero] * 8))
+        update = model.update(flat, zero, Modulation(*[zero] * 8))
     assert update.flatten().tolist() == pytest.approx([0.5**0.5] * 9)  # 1e-3 / √(1e-6 + 1e-6)
 
 
@@ -342,3 +362,24 @@ def test_engines_agree_with_the_reference(grid, update_rate, given):
             model.engine = engine
             for a, b in zip(results(lambda: model(x, t, y, start, generators(n))), expected, strict=True):
                 assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-7
+
+
+# ---- position codes
+
+
+def test_the_published_code_counts_cells_and_ours_rows_and_columns():
+    """Ours tells a cell its row and column: on a wider grid it is the same. The published one changes below row 0."""
+    narrow, wide = ({name: code(4, w, 8, "cpu").view(4, w, 8) for name, code in POSITION_CODES.items()} for w in (4, 7))
+    assert torch.equal(wide["2d"][:, :4], narrow["2d"])
+    assert torch.equal(wide["published"][0, :4], narrow["published"][0])
+    assert not torch.isclose(wide["published"][1:, :4], narrow["published"][1:]).all(-1).any()
+    assert torch.equal(narrow["2d"][2, 3], torch.cat([position_code(4, 4, "cpu")[2], position_code(4, 4, "cpu")[3]]))
+    assert torch.equal(narrow["published"][2, 3], position_code(16, 8, "cpu")[11])
+
+
+def test_a_net_is_built_with_either_code():
+    x = torch.zeros(1, 4, 3, 5)
+    published, ours = (MODELS["GeCA-XS"](**more).base(x) for more in ({}, {"position_code": "2d"}))
+    assert published.shape == ours.shape and not torch.equal(published, ours)
+    with pytest.raises(ValueError, match="expected published or 2d"):
+        MODELS["GeCA-XS"](position_code="3d")

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 import pytest
 import torch
 from conftest import call_script, fill, succeeded
+from helpers import message_of
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
@@ -137,7 +138,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path, ge
     torch.save(published(geca, home=Trap(str(tmp_path / "ran"))), tmp_path / "trap_in_flags.pt")
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran")), protocol=2))
     for name in ("trap.pt", "trap_in_flags.pt", "trap.pkl"):
-        with pytest.raises(UserError, match="can be loaded safely") as error:
+        with pytest.raises(UserError, match="cannot be loaded safely") as error:
             checkpoints.load(tmp_path / name)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
@@ -146,25 +147,34 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path, ge
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
 def test_a_damaged_file_is_one_line(tmp_path, content):
     (tmp_path / "c.pt").write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint") as error:
+    with pytest.raises(UserError, match="cannot be loaded safely") as error:
         checkpoints.load(tmp_path / "c.pt")
     assert "\n" not in str(error.value)
 
 
 def test_only_the_flags_class_is_let_in(tmp_path):
     torch.save({"ema": {"a": torch.ones(1)}, "args": argparse.ArgumentTypeError("x")}, tmp_path / "c.pt")
-    with pytest.raises(UserError, match="can be loaded safely"):
+    with pytest.raises(UserError, match="cannot be loaded safely"):
         checkpoints.load(tmp_path / "c.pt")
 
 
+def says(model, **more):
+    """What a file of ours says of its weights."""
+    return {"model_args": {"model": model, "num_classes": 3, "in_channels": 2, **more},
+            "args": {"model": model, "image_size": 32}}
+
+
 @pytest.mark.parametrize("content, words", [
-    ({"model": "resnet50", "state_dict": {}}, "its `model` is a str"), ({"ema": [1]}, "its `ema` is a list"),
-    ({"model": torch.ones(2), "x": 1}, "its `model` is a Tensor"),
-    ({"ema": {"a": torch.ones(1)}, "args": "x"}, "its `args` is a str"),
+    ({"model": "resnet50", "state_dict": {}}, '`model` is "resnet50", expected an object or null'),
+    ({"ema": [1]}, r"`ema` is \[1\], expected an object"),
+    ({"model": torch.ones(2), "x": 1}, '`model` is "Tensor", expected an object'),
+    ({"ema": {3: torch.ones(1)}}, "`ema` has the name 3, expected text"),
+    ({3: torch.ones(1), "x": 1}, "has the name 3, expected text"),
+    ({"ema": {"a": torch.ones(1)}, "args": "x"}, '`args` is "x", expected an object'),
     ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-XS"}}, "no `args`"),
-    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-Q"}, "args": {}}, "not those of the GeCA-Q"),
-    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "DiT-S", "wings": 2}, "args": {}}, "not those of the DiT-S"),
-    ({"ema": {"a": torch.ones(1)}, "model_args": {"model": "GeCA-XS"}, "args": {}}, "not those of the GeCA-XS"),
+    ({"ema": {"a": torch.ones(1)}, **says("GeCA-Q")}, "not those of the GeCA-Q"),
+    ({"ema": {"a": torch.ones(1)}, **says("DiT-S", wings=2)}, "not those of the DiT-S"),
+    ({"ema": {"a": torch.ones(1)}, **says("GeCA-XS")}, "not those of the GeCA-XS"),
     ({"pos_embed": torch.ones(1, 4, 8), "patch_embed.proj.weight": torch.ones(1)}, "2 weights fit none"),
     ({"cell_to_embedding.weight": torch.ones(2, 3)}, "1 weights fit none"),
     ({"model": {}, "ema": {}}, "not a checkpoint"), ({}, "not a checkpoint"), ([1, 2], "found list"),
@@ -177,6 +187,45 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("where, value, words", [
+    ("step", "5", '`step` is "5", expected a whole number of at least 0'), ("step", -1, "`step` is -1"),
+    ("step", torch.tensor(5), '`step` is "Tensor", expected'), ("step", True, "`step` is true"),
+    ("epoch", 1.5, "`epoch` is 1.5"),
+    ("best_kid", math.nan, "`best_kid` is NaN, expected a number or null"), ("minutes", -1.0, "`minutes` is"),
+    ("minutes", [], "`minutes` is"), ("codec", 7, "`codec` is 7, expected text"), ("run", {}, "`run` is {}"),
+    ("features", 1, "`features` is 1"), ("training_images", [], "`training_images` is"),
+    ("label_names", [1, 2, 3], "`label_names.0` is 1, expected text"), ("label_names", "ABC", "`label_names` is"),
+    ("seen", [None], "`seen.0` is null"), ("opt", [], "`opt` is"), ("scaler", 1, "`scaler` is 1"),
+    ("validated", [1], '`validated.0` is 1, expected a Tensor'), ("format_version", "1", '`format_version` is "1"'),
+    ("args", {}, "`args` has no `model`"), ("args.image_size", "64", '`args.image_size` is "64", expected a whole'),
+    ("args.image_size", -64, "`args.image_size` is -64"), ("args.image_size", 10**9, "from 8 to 2048"),
+    ("args.vae", 7, "`args.vae` is 7, expected text or null"), ("args.fold", "0", "`args.fold` is"),
+    ("args.multi_scale", "no", "`args.multi_scale` is"), ("args.image_space", 0, "`args.image_space` is 0"),
+    ("model_args.num_classes", -1, "`model_args.num_classes` is -1"), ("model_args.model", [], "`model_args.model` is"),
+    ("model_args.in_channels", 2.0, "`model_args.in_channels` is 2.0"),
+    ("model_args.input_size", 10**6, "`model_args.input_size` is 1000000"),
+    ("model.alpha", 1, "`model.alpha` is 1, expected a Tensor"),
+    ("averages.0.9", torch.ones(1), '`averages.0.9` is "Tensor", expected an object'),
+], ids=str)
+def test_every_value_of_a_checkpoint_has_its_type(tmp_path, where, value, words):
+    """A file that is safe to load may say anything."""
+    _, checkpoint = small_checkpoint()
+    name, _, inner = where.partition(".")
+    checkpoint[name] = {**checkpoint.get(name, {}), inner: value} if inner else value
+    torch.save({"format_version": 1, **checkpoint}, tmp_path / "c.pt")
+    said = message_of(lambda: checkpoints.load(tmp_path / "c.pt"))
+    assert said.startswith(f"--ckpt {tmp_path / 'c.pt'}: not a checkpoint (") and words in said and len(said) < 350
+
+
+@pytest.mark.parametrize("weight", [torch.ones(1, 2).to_sparse(), torch.ones(1, device="meta")])
+def test_weights_that_are_not_computed_with_are_refused(tmp_path, weight):
+    _, checkpoint = small_checkpoint()
+    key, value = next(iter(checkpoint["ema"].items()))
+    strange = value.to_sparse() if weight.is_sparse else value.to(weight.device)
+    torch.save({**checkpoint, "ema": {**checkpoint["ema"], key: strange}}, tmp_path / "c.pt")
+    assert "damaged (" in message_of(lambda: checkpoints.load(tmp_path / "c.pt"))
+
+
 @pytest.mark.parametrize("header", ["[1]", '"a"', "null", '{"kind": [1]}', '{"ema": "x"}', '{"args": "x"}', "{"])
 def test_a_safetensors_header_that_makes_no_sense_is_one_line(tmp_path, geca, header):
     save_file(geca.state_dict(), tmp_path / "c.safetensors", {"checkpoint": header})
@@ -187,7 +236,7 @@ def test_a_safetensors_header_that_makes_no_sense_is_one_line(tmp_path, geca, he
 
 def test_what_is_unsafe_is_named_and_no_advice_to_load_it_is_given(tmp_path, geca):
     torch.save(published(geca, home=PurePosixPath("a")), tmp_path / "c.pt")
-    with pytest.raises(UserError, match=r"it holds a pathlib\S*\)$"):
+    with pytest.raises(UserError, match=r"\(it holds a pathlib\S*\); give a checkpoint of train.py, or weights$"):
         checkpoints.load(tmp_path / "c.pt")
 
 
@@ -204,7 +253,7 @@ def test_a_folder_that_does_not_exist_and_a_run_before_its_first_validation(tmp_
 
 def test_a_damaged_safetensors_file_is_one_line(tmp_path):
     (tmp_path / "c.safetensors").write_bytes(b"\x10" * 40)
-    with pytest.raises(UserError, match="not a safetensors file") as error:
+    with pytest.raises(UserError, match="damaged") as error:
         checkpoints.load(tmp_path / "c.safetensors")
     assert "\n" not in str(error.value)
 
@@ -214,11 +263,11 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoints.save(tmp_path / "c.pt", checkpoint)
 
     def die_half_way(state, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", die_half_way)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"c\.pt: cannot be written \(disk full\); make room"):
         checkpoints.save(tmp_path / "c.pt", {**checkpoint, "step": 8})
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
     assert checkpoints.load(tmp_path / "c.pt").step == 7
@@ -255,5 +304,5 @@ def test_further_averages_are_named_by_their_decay(tmp_path):
     with pytest.raises(UserError, match="not those of the GeCA-XS"):
         checkpoints.load(tmp_path / "odd.pt")
     checkpoints.save(tmp_path / "odd.pt", {**checkpoint, "averages": [1]})
-    with pytest.raises(UserError, match="its `averages`"):
+    with pytest.raises(UserError, match=r"`averages` is \[1\], expected an object"):
         checkpoints.load(tmp_path / "odd.pt")

@@ -122,10 +122,11 @@ def test_eyes_from_names(names, patients, expected):
 
 
 def test_names_that_contradict_the_patients_say_nothing():
-    names = ["img-1-a.png", "img-2-a.png", "img-3-a.png"]
+    names = ["a-L-x.png", "a-R-x.png", "b-R-x.png"]
     assert eye_names(names, "ppp") is None  # three eyes
-    assert eye_names(["a-1-x.png", "a-1-y.png"], "pq") is None  # one eye of two patients
-    assert eye_names(names[:2], "pp") == ("IMG-1", "IMG-2")
+    assert eye_names(["a-L-x.png", "a-L-y.png"], "pq") is None  # one eye of two patients
+    assert eye_names(names[:2], "pp") == ("A-L", "A-R")
+    assert eye_names(["CNV-3001-1.jpeg", "CNV-3001-2.jpeg", "NORMAL-7-1.jpeg"], "ppq") is None  # a class is no patient
 
 
 def test_the_column_comes_first():
@@ -140,5 +141,5 @@ def test_a_column_says_which_eye(tmp_path):
     images = read_split(tmp_path, "test")
     assert images.label_names == ("AMD",) and images.eyes == ("p7 OS",)
     (tmp_path / "test.csv").write_text(rows.replace("OS", ""))
-    with pytest.raises(UserError, match="row 1: `eye` is empty"):
+    with pytest.raises(UserError, match=r"test.csv, line 2: `eye` is empty"):
         read_split(tmp_path, "test")

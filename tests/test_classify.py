@@ -9,21 +9,25 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
-from conftest import call_script, ctrl_c_at, run_script, succeeded
+from conftest import call_script, ctrl_c_at, generators, run_script, succeeded
 from PIL import Image
 
 import classify
 from classification import batches
 from classification.data import Fold, read_fold
+from classification.dropout import DropoutByImage
 from classification.network import build, has_batch_norm, load_classifier, save, synchronise_batch_norm
 from classification.report import fold_result, saved_at_level, summary
 from classification.synthetic import choose
+from core import claims
 from core.errors import UserError
-from core.files import file_hash
+from core.files import write_json
+from dataset import leaks, outside
 from dataset.images import load_images
-from dataset.root import read_split, write_split
+from dataset.root import fingerprint, read_split, write_split
 from dataset.sets import LabelledImages
 from metrics.classification import all_scores
 
@@ -62,7 +66,8 @@ def sample_folder(place, data, fold=0, rounds=2, label_names=None, labels=None, 
         Image.open(split.paths[i % len(split)]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / file)
     labels = np.tile(split.labels if labels is None else labels, (rounds, 1))
     write_split(folder, f"{name}_{fold}", names, labels, label_names or split.label_names, names)
-    said = {"model": "GeCA-XS", "trained_on_fold": fold, "training_images": file_hash(data / f"train_{fold}.csv")}
+    said = {"model": "GeCA-XS", "trained_on_fold": fold,
+            "training_images": fingerprint(read_split(data, f"train_{fold}"))}
     (folder / "settings.json").write_text(json.dumps({"about": said | (about or {})}))
     return folder
 
@@ -91,7 +96,7 @@ def test_a_run_leaves_what_it_promises(data, baseline):
     found, said = results(baseline), (baseline / "said.txt").read_text()
     split = read_split(data, "test")
     assert (found["kind"], found["method"], found["data"]) == ("classification", "baseline", "phantom")
-    assert found["test_sha256"] == file_hash(data / "test.csv") and found["label_names"] == list(split.label_names)
+    assert found["test_sha256"] == fingerprint(split) and found["label_names"] == list(split.label_names)
     assert list(found["folds"]) == ["0", "1"] and found["significance"] is None
     for k, fold in found["folds"].items():
         sizes = [len(read_split(data, name)) for name in (f"train_{k}", f"val_{k}", "test")]
@@ -142,7 +147,7 @@ def test_the_default_output_is_a_numbered_folder_found_again(data, tmp_path, mon
     for _ in range(2):
         succeeded(call_script(*command))
     succeeded(call_script(*command, "--augment", "none"))
-    assert sorted(p.name for p in (tmp_path / "results_classify").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "results_classify").glob("0*")) == [
         "000-baseline", "001-baseline-without-augmentation"]
 
 
@@ -173,14 +178,32 @@ def test_synthetic_images_join_and_are_compared(data, baseline, synthetic, tmp_p
 
 
 def test_equal_updates_with_and_without_synthetic_images(data, synthetic, tmp_path):
-    """--steps-per-epoch: as many steps and validations, whatever there is to train with; and --real-to-synthetic."""
+    """--steps-per-epoch: as many steps and validations, whatever there is to train with; and --synthetic-ratio."""
     steps = []
-    for name, more in (("a", ()), ("b", ("--synthetic", synthetic, "--real-to-synthetic", 1.5))):
+    for name, more in (("a", ()), ("b", ("--synthetic", synthetic, "--synthetic-ratio", 1.5))):
         succeeded(run(data, tmp_path / name, "--fold", 0, "--steps-per-epoch", 3, *more))
         steps.append((list(metrics(tmp_path / name, "loss")), list(metrics(tmp_path / name, "validation_map"))))
     assert steps[0] == steps[1] == ([1, 2, 3, 4, 5, 6], [3, 6])
     fold = results(tmp_path / "b")["folds"]["0"]
     assert fold["n_synthetic"] == int(1.5 * fold["n_train"])
+
+
+def test_the_older_spelling_of_the_ratio_goes_on_in_the_same_folder(data, synthetic, tmp_path):
+    """--real-to-synthetic was the flag, and the name of the setting in folders of then."""
+    out = tmp_path / "out"
+    succeeded(run(data, out, "--fold", 0, "--epochs", 1, "--synthetic", synthetic, "--synthetic-ratio", 1))
+    for file in (out / "settings.json", out / "fold-0" / "settings.json"):
+        stored = claims.read_settings(file.parent)
+        assert stored["synthetic_ratio"] == 1
+        stored["real_to_synthetic"] = stored.pop("synthetic_ratio")
+        write_json(file, stored)
+    before = (out / "fold-0" / "result.json").stat().st_mtime_ns
+    for spelling in ("--synthetic-ratio", "--real-to-synthetic"):
+        succeeded(run(data, out, "--fold", 0, "--epochs", 1, "--synthetic", synthetic, spelling, 1))
+    assert (out / "fold-0" / "result.json").stat().st_mtime_ns == before
+    assert "real_to_synthetic" not in claims.read_settings(out)
+    other = run(data, out, "--fold", 0, "--epochs", 1, "--synthetic", synthetic, "--synthetic-ratio", 2)
+    assert other.returncode == 2 and "synthetic_ratio 1" in other.stderr and "(now 2" in other.stderr
 
 
 def test_a_subset_of_the_labels(data, synthetic, tmp_path):
@@ -232,16 +255,67 @@ def test_stopped_and_continued_is_as_if_never_stopped(data, baseline, tmp_path):
     equal_runs(tmp_path / "halves", tmp_path / "whole", 1e-5)
 
 
+DROPPING = """
+import functools, runpy, sys, timm
+timm.create_model = functools.partial(timm.create_model, drop_rate=0.3, drop_path_rate=0.3)
+sys.argv, sys.path[0] = sys.argv[1:], "."
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_two_processes_train_as_one_does(data, tmp_path):
-    """Also where their shares are unequal: of a batch of 7 images 4 and 3."""
-    more = ("--fold", 0, "--epochs", 4, "--global-batch-size", 7, "--backbone", "test_convnext")  # has no batch norm
-    succeeded(run(data, tmp_path / "one", *more))
-    succeeded(run(data, tmp_path / "two", *more, way=run_script, processes=2, launcher="torchrun"))
+    """Also where their shares are unequal: of a batch of 7 images 4 and 3; and with dropout and stochastic depth."""
+    more = ("--fold", 0, "--epochs", 10, "--global-batch-size", 7, "--backbone", "test_convnext")  # has no batch norm
+    (tmp_path / "dropping.py").write_text(DROPPING)
+
+    def way(*arguments, **launch):
+        return run_script(tmp_path / "dropping.py", *arguments, **launch)
+
+    succeeded(run(data, tmp_path / "one", *more, way=way))
+    succeeded(run(data, tmp_path / "two", *more, way=way, processes=2, launcher="torchrun"))
     assert "2 process(es)" in (tmp_path / "two" / "fold-0" / "log.txt").read_text()
     equal_runs(tmp_path / "two", tmp_path / "one", 1e-5)
-    assert len(metrics(tmp_path / "one", "loss")) == 4 * (len(read_split(data, "train_0")) // 7)
+    assert len(metrics(tmp_path / "one", "loss")) == 10 * (len(read_split(data, "train_0")) // 7) >= 30
     one, two = ((tmp_path / name / "fold-0" / "metrics.jsonl").read_text() for name in ("one", "two"))
     assert two.count("\n") == one.count("\n")  # only the first process writes
+
+
+@pytest.mark.parametrize("backbone, rates", [
+    ("test_convnext", {"drop_rate": 0.3, "drop_path_rate": 0.3}),
+    ("test_vit", {"drop_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "pos_drop_rate": 0.1})])
+def test_what_is_dropped_of_an_image_depends_on_its_place_alone(backbone, rates):
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    net = timm.create_model(backbone, **rates, **({"img_size": 32} if backbone == "test_vit" else {})).train()
+
+    def logits(places, seed=0):
+        with DropoutByImage(generators(5, seed)[places]) as dropout, torch.no_grad():
+            return net(x[places]), dropout.drew
+
+    (whole, drew), again = logits(slice(None)), logits(slice(None))[0]
+    assert drew and torch.equal(whole, again) and not torch.allclose(whole, logits(slice(None), seed=1)[0])
+    for places in (slice(0, None, 2), slice(1, None, 2)):
+        torch.testing.assert_close(logits(places)[0], whole[places], rtol=1e-4, atol=1e-5)
+    before = torch.get_rng_state()
+    logits(slice(None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("drop", [torch.nn.functional.dropout, torch.native_dropout])  # as on a CPU, as on a GPU
+def test_dropout_keeps_the_share_and_the_mean(drop, p):
+    x = torch.ones(4, 50, 50, requires_grad=True)
+    with DropoutByImage(generators(2)):  # two rows of each of two images
+        y = drop(x, p, True)
+    y = y if isinstance(y, torch.Tensor) else y[0]
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and y.unique().tolist() == [0, pytest.approx(1 / (1 - p))]
+    assert (y > 0).float().mean().item() == pytest.approx(1 - p, abs=0.03)
+    assert len({row.numpy().tobytes() for row in y.detach()}) == 4
+
+
+def test_a_mask_that_is_not_of_images_is_refused():
+    with pytest.raises(UserError, match="3 rows for 2 images"), DropoutByImage(generators(2)):
+        torch.nn.functional.dropout(torch.ones(3, 4), 0.5)
 
 
 def test_batch_norm_is_refused_in_several_processes_on_a_cpu(data, tmp_path, monkeypatch):
@@ -307,11 +381,18 @@ def foreign_settings(place, data):
 
 
 def other_generator(place, data):
-    sample_folder(place, data, about={"training_images": file_hash(data / "train_1.csv"), "trained_on_fold": 1})
+    other = fingerprint(read_split(data, "train_1"))
+    sample_folder(place, data, about={"training_images": other, "trained_on_fold": 1})
 
 
 def unknown_generator(place, data):
     sample_folder(place, data, about={"training_images": "0" * 64})
+
+
+def generator_that_saw_test_images(place, data):
+    folder = sample_folder(place, data)
+    seen = leaks.identities(read_split(data, "train_0")) + leaks.identities(read_split(data, "test"))[:2]
+    (folder / "seen.txt").write_text("\n".join(seen))
 
 
 def generator_of_another_fold(place, data):
@@ -343,11 +424,12 @@ def no_folder(place, data):
     (shared_patient, None, ["train_0.csv and test.csv: 1 patient(s)", "--allow-leaks"]),
     (validation_samples, True, ["val_syn_0.csv", "train_syn_0.csv", "validation images"]),
     (labels_of_the_test_set, False, ["train_syn_0.csv", "test.csv"]),
-    (the_test_images, False, ["train_syn_0.csv: lists image", "which is of test.csv"]),
-    (patients_of_the_test_set, False, ["lists patient", "which is of test.csv"]),
+    (the_test_images, False, ["train_syn_0.csv and test.csv: ", " identical image(s) in both, the first is "]),
+    (patients_of_the_test_set, False, ["train_syn_0.csv and test.csv: 1 patient(s) in both, the first is "]),
     (foreign_settings, False, ["settings.json", "damaged"]),
     (other_generator, False, ["trained on train_1.csv", "expected train_0.csv"]),
     (unknown_generator, False, ["does not list"]),
+    (generator_that_saw_test_images, False, ["was trained on 2 of the ", "images of test.csv"]),
     (generator_of_another_fold, False, ["trained on fold 1", "fold 0"]),
     (other_fold, True, ["train_syn_1", "another fold", "train_syn_0.csv"]),
     (other_fold, False, ["neither it nor a folder in it", "train_syn_0.csv"]),
@@ -355,11 +437,13 @@ def no_folder(place, data):
     (other_labels, False, ["A B C", "NOR AMD"]),
     (unfinished, True, ["unfinished"]), (unfinished, False, ["is unfinished"]),
     (no_folder, False, ["no such folder"])])
-def test_leaks_and_wrong_samples_are_refused(data, tmp_path, damage, inside, parts):
+def test_leaks_and_wrong_samples_are_refused(data, tmp_path, damage, inside, parts, monkeypatch):
+    monkeypatch.setattr(outside, "_allowed", False)  # given for one case, in this very process
     data = shutil.copytree(data, tmp_path / "data")
     place = tmp_path / "synthetic"
     damage(place, data)
     more = () if inside is None else ("--synthetic", next(place.iterdir()) if inside else place)
+    more += ("--allow-outside",) if damage is the_test_images else ()
     done = run(data, tmp_path / "out", "--fold", 0, *more)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("classify.py: error: ") and not done.stdout
@@ -409,7 +493,7 @@ def test_which_synthetic_images():
     (["--pretrained", "--pretrained-file", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--pretrained-file", "x.pt"], ["contradicts --no-pretrained"]),
     (["--backbone", "resnet51"], ["--backbone", "no such model"]),
-    (["--real-to-synthetic", "2"], ["needs --synthetic"]),
+    (["--synthetic-ratio", "2"], ["needs --synthetic"]),
     (["--mixed-precision", "fp16"], ["fp16 needs a GPU"]),
     (["--global-batch-size", "1"], ["--global-batch-size", "1 image(s)"]),
     (["--baseline", "nowhere"], ["--baseline", "no such file"]),
@@ -581,7 +665,7 @@ def test_eyes_are_scored_where_they_are_known():
     known, unknown = labelled("x", "x", "y", "z"), labelled()
     results = {}
     for name, validation, test in (("both", known, known), ("validation", known, unknown), ("test", unknown, known)):
-        fold = Fold(0, ("A",), test, validation, test, 4, [], {}, [])
+        fold = Fold(0, ("A",), test, validation, test, 4, [], {}, [], [])
         result, arrays = fold_result(fold, scores, scores, {}, 0)
         results[name] = result["levels"] | {"arrays": arrays}
     image, eye = results["both"]["image"]["0.5"], results["both"]["eye"]["0.5"]

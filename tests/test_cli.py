@@ -1,10 +1,13 @@
 """Command lines: what a flag comes to from the command line, a preset, --as-released or its default."""
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
+from helpers import parse
 
-from core.cli import Parser, integer, number
+from core.cli import Parser, integer, number, run
+from core.errors import UserError
 
 PRESETS = {
     "paper": SimpleNamespace(settings={"lr": 3e-4, "fold": 2, "warmup": False, "of_another_script": 7},
@@ -86,3 +89,43 @@ def test_defaults_are_those_that_are_declared():
                       "vae": None, "folds": ["0", "1"]}
     p.parse_args(["--preset", "paper", "--as-released"])
     assert p.defaults() == before
+
+
+def help_of(p, capsys):
+    """What --help prints, without its line breaks."""
+    with pytest.raises(SystemExit):
+        p.parse_args(["--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_shows_ranges_and_defaults(capsys):
+    p = toy()
+    p.add_argument("--size", type=integer(8, 2048), help="pixels (default: that of the data)")
+    p.add_argument("--eta", type=number(0, 0.5), help="noise")
+    p.add_argument("--share", default="50 %", help="of all")
+    p.add_argument("--folds", nargs="*", type=integer(0), default=[], help="which")
+    p.add_argument("--hidden", type=integer(0), default=3, help=argparse.SUPPRESS)
+    shown = help_of(p, capsys)
+    for expected in ("learning rate (at least 0; default: 0.0001)", "which fold (at least 0; default: 0)",
+                     "of images (at least 1; default: 8 16)", "which (default: that of the data)",
+                     "pixels (8 to 2048; default: that of the data)", "noise (0 to 0.5)", "of all (default: 50 %)",
+                     "which (at least 0)"):
+        assert expected in shown
+    assert "--hidden" not in shown
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "classify", "sample_ddp", "prepare_data", "train_vae"])
+def test_every_range_of_a_script_is_in_its_help(name, capsys):
+    p, _ = parse(name, None)
+    shown = help_of(p, capsys)
+    ranges = [action.type.range for action in p._actions if hasattr(action.type, "range")]
+    assert ranges and all(bounds in shown for bounds in ranges)
+
+
+def test_a_script_may_speak_under_another_name(capsys):
+    def fail():
+        raise UserError("--x: is wrong")
+
+    with pytest.raises(SystemExit):
+        run(fail, name="table1.sh")
+    assert capsys.readouterr().err == "table1.sh: error: --x: is wrong\n"

@@ -167,17 +167,17 @@ def test_missing_images_are_counted(root):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "no column `filename` .*an empty file"),
+    ("", "test.csv: is empty"),
     (",filename,A\n", "holds no image"),
     (",name,A\n0,images/0.png,1\n", "no column `filename` .*'name', 'A'; expected UTF-8"),
-    (",filename,A\n0,images/0.png,1\n1,images/1.png,2\n", "row 2: label A is '2', expected 0 or 1"),
-    (",filename,A\n0,images/0.png,\n", "row 1: label A is '', expected 0 or 1"),
-    (",filename,A,B\n0,images/0.png,1\n", "row 1: expected 4 cells"),
-    (",filename,A\n0,images/0.png,1,1\n", "row 1: expected 3 cells"),
+    (",filename,A\n0,images/0.png,1\n1,images/1.png,2\n", "line 3: label A is '2', expected 0 or 1"),
+    (",filename,A\n0,images/0.png,\n", "line 2: label A is '', expected 0 or 1"),
+    (",filename,A,B\n0,images/0.png,1\n", "line 2: 3 cells, expected 4 as in the header"),
+    (",filename,A\n0,images/0.png,1,1\n", "line 2: 4 cells, expected 3"),
     (",filename,A\n0,images/0.png,1\n1,images/0.png,1\n", "names images/0.png more than once"),
     (",filename,patient_name\n0,images/0.png,a\n", "no label column"),
     (",filename,A\n0,images/0.png,nan\n", "label A is 'nan'"),
-    (b",filename,A\n0,images/\xe9.png,1\n", "names 1 missing file"),  # Latin-1, not UTF-8
+    (b",filename,A\n0,images/\xe9.png,1\n", "line 2: is not UTF-8 .byte 0xe9."),
 ])
 def test_bad_tables(root, text, message):
     write(root, text)

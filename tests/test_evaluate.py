@@ -3,24 +3,30 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import run_script, succeeded
+from conftest import ROOT, run_script, succeeded
 from helpers import noise_images, save_alexnet, save_images, save_tiny_vae
 from PIL import Image
 
 import evaluate
+import generation
 from classification import network as classifier
 from core.cli import run
+from core.errors import UserError
+from core.tensors import weights_hash
 from dataset.images import load_image, load_images
 from dataset.pictures import caption, grid, pairs
 from dataset.root import read_split, write_split
-from evaluation import evaluation, pictures
+from dataset.sets import LabelledImages
+from evaluation import evaluation, names, pictures
 from evaluation import features as feature_spaces
+from evaluation.comparison import method_of
 from metrics.fid import fid
 from metrics.fld import fld
-from metrics.kid import kid
+from metrics.kid import kid, polynomial_mmd
 
 LABELS = ("AMD", "DME")
 SIZE = 16
@@ -133,11 +139,14 @@ def test_end_to_end(world, tmp_path):
     assert f"KID[{space}] ×1e-3" in header and "GG[vae:vae]" in header and "LPIPS" not in header
     assert f"{1e3 * scores[2]:.2f} ± {1e3 * rows[2]['kid'][space]['std']:.2f}" in lines[2]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page  # it needs no other file
+    shown = 3 * 8 + 2 * 2 * 16  # rows of real and generated images; the nearest pairs of two folders
+    assert page.count("data:image/png;base64,") == shown and "http" not in page  # it needs no other file
+    assert "asked for the same labels." in page and "its checkpoint was not found" in page
     assert f"{rows[2]['fid'][space]:.2f}" in page
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 2 and "KID[vae:vae] cannot be told from the noise floor: good;" in warnings[0]
+    assert len(warnings) == 3 and "KID[vae:vae] cannot be told from the noise floor: good;" in warnings[0]
     assert "few images" in warnings[1] and "real ones: bad " in warnings[1]
+    assert "name no patient" in warnings[2]
     assert rows[2]["fid_interval"][space][0] < rows[2]["fid"][space] < rows[2]["fid_interval"][space][1]
     assert rows[2]["gg"]["gap_interval"][0] < rows[2]["gg"]["gap_interval"][1]
 
@@ -178,7 +187,9 @@ def test_two_generators_on_the_same_labels_are_compared(copy, in_process):
     code, out, _ = in_process(*flags(copy, gen=("good", "other")))
     (pair,) = report(copy / "good")["paired"]
     assert code == 0 and (pair["a"], pair["b"], pair["images"]) == ("good", "other", 16)
-    assert pair["difference"] < 0 and pair["p"] < 0.05 and f"p = {pair['p']:.2g}" in out
+    low, high = pair["interval"]
+    assert low < pair["difference"] < high < 0 < pair["p"] < 0.05 and f"p = {pair['p']:.4f}" in out
+    assert "good is nearer" in (copy / "good" / "report.html").read_text()
     assert in_process(*flags(copy, gen=("good", "bad")))[0] == 0
     assert report(copy / "good")["paired"] == []  # 16 and 24 images: other labels
 
@@ -199,17 +210,121 @@ def test_folders_that_differ_in_their_seed_are_averaged(copy, in_process):
 
 
 def test_averaged_and_raw_weights_of_one_run_are_no_seeds(copy, in_process):
-    """They are two methods: nothing is averaged, and their names tell them apart."""
+    """They are two methods: nothing is averaged, and their names tell them apart. A parent folder means both."""
     for weights, about in (("ema", {"model": "GeCA-XS", "seed": 0}),
                            ("model", {"model": "GeCA-XS", "seed": 0, "weights": "model"})):
-        folder = copy / weights / "GeCA-XS-GS-seed-0"
+        folder = copy / "both" / weights
         save_generated(folder, draw(16, 11 + len(weights)))
         (folder / "settings.json").write_text(json.dumps({"weights": weights, "about": about}))
-    gen = ("ema/GeCA-XS-GS-seed-0", "model/GeCA-XS-GS-seed-0")
-    assert in_process(*flags(copy, gen=gen))[0] == 0
-    results = report(copy / gen[0])
+    assert in_process(*flags(copy, gen=("both",)))[0] == 0
+    results = report(copy / "both")
     assert results["over_seeds"] == []
-    assert [row["name"] for row in results["rows"]][1:] == ["GeCA-XS, seed 0, ema", "GeCA-XS, seed 0, model"]
+    assert [row["name"] for row in results["rows"]][1:] == ["GeCA-XS, averaged", "GeCA-XS, raw"]
+
+
+RUN = {"model": "GeCA-XS", "run": "000-GeCA-XS-0", "step": 720, "weights": "ema", "weights_hash": "a",
+       "sampler": "ddim", "steps": 25, "cfg_scale": 1.5, "seed": 0}
+TRAINED = {**RUN, "training": {"lr": 1e-3}, "training_seed": 0}
+
+
+@pytest.mark.parametrize("about, change, same", [
+    (RUN, {"seed": 1}, True), (RUN, {"weights": "model"}, False), (RUN, {"steps": 50}, False),
+    (RUN, {"sampler": "ddpm"}, False), (RUN, {"cfg_scale": 2.0}, False), (RUN, {"step": 1440}, False),
+    (RUN, {"run": "001-GeCA-XS-0"}, False), (RUN, {"weights_hash": "b"}, False),  # who knows what differs
+    (TRAINED, {"run": "001-GeCA-XS-0", "weights_hash": "b", "training_seed": 1}, True),
+    (TRAINED, {"run": "001-GeCA-XS-0", "weights_hash": "b", "training": {"lr": 2e-3}}, False),
+    (TRAINED, {"weights": "model"}, False)])
+def test_runs_of_a_method_differ_in_seeds_alone(about, change, same):
+    assert (method_of("a", about) == method_of("b", {**about, **change})) == same
+
+
+def test_folders_that_say_nothing_are_one_method_where_their_names_differ_in_the_seed():
+    assert method_of("x/GeCA-S-GS-seed-0", {}) == method_of("y/GeCA-S-GS-seed-13", {})
+    assert method_of("x/GeCA-S-GS-seed-0", {}) != method_of("x/DiT-S-GS-seed-0", {})
+
+
+@pytest.mark.parametrize("sets, expected", [
+    ([("a", {"model": "GeCA-S"}), ("b", {"model": "DiT-S"})], ["GeCA-S", "DiT-S"]),
+    ([("a", RUN), ("b", {**RUN, "seed": 1}), ("c", {"model": "DiT-S", "seed": 0})],
+     ["GeCA-XS, seed 0", "GeCA-XS, seed 1", "DiT-S"]),
+    ([("a", RUN), ("b", {**RUN, "steps": 250, "sampler": "ddpm"})], ["GeCA-XS, ddim 25", "GeCA-XS, ddpm 250"]),
+    ([("a", RUN), ("b", {**RUN, "weights": "model"}), ("c", {**RUN, "seed": 1})],
+     ["GeCA-XS, averaged, seed 0", "GeCA-XS, raw, seed 0", "GeCA-XS, averaged, seed 1"]),
+    ([("DiT-S-GS-fold-0-cfg-1.5-seed-0", {}), ("DiT-S-GS-fold-0-cfg-1.5-seed-1", {})],
+     ["DiT-S, seed 0", "DiT-S, seed 1"]),
+    ([("a", RUN), ("b", RUN)], ["GeCA-XS (1)", "GeCA-XS (2)"]),
+    ([("x" * 60, {})], ["x" * 28 + "…"])])
+def test_names_are_short_and_tell_sets_apart(sets, expected):
+    assert names.distinct([LabelledImages((), name=name, about=about) for name, about in sets]) == expected
+
+
+def test_what_names_share():
+    assert names.shared(["GeCA-XS, raw, seed 0", "GeCA-XS, raw, seed 1"]) == "GeCA-XS, raw"
+    assert names.shared(["DiT-S (1)", "DiT-S (2)"]) == "DiT-S"
+
+
+def test_the_kid_of_a_label(copy, in_process):
+    """Of the images that have it against the real ones that have it; no number for a handful of images."""
+    code, _, err = in_process(*flags(copy, "--resamples", 20, gen=("bad",)))
+    assert code == 0, err
+    scores = report(copy / "bad")["rows"][1]["kid_of_labels"]
+    features = feature_spaces.open_features(str(copy / "vae"))
+    real = features(draw(80, 0)[40:60][combinations(80)[40:60, 1] == 1])
+    made = features(draw(24, 2, contrast=30)[combinations(24)[:, 1] == 1])
+    assert scores["DME"]["images"] == len(made) == 12 and scores["DME"]["real_images"] == len(real) == 10
+    assert scores["DME"]["kid"]["value"] == pytest.approx(polynomial_mmd(real, made), rel=1e-3)
+    assert in_process(*flags(copy, "--resamples", 20))[0] == 0
+    assert report(copy / "good")["rows"][1]["kid_of_labels"]["DME"]["kid"] is None  # 8 images
+
+
+def test_a_floor_of_too_few_test_images_is_left_out(copy, in_process):
+    lines = (copy / "root" / "test.csv").read_text().splitlines()
+    (copy / "root" / "test.csv").write_text("\n".join(lines[:6]) + "\n")
+    code, _, err = in_process(*flags(copy))
+    found = report(copy / "good")
+    assert code == 0 and [row["name"] for row in found["rows"]] == ["good"]
+    assert "test.csv: 5 images, too few to be scored" in err and "is left out" in found["warnings"][0]
+    assert "noise floor)" not in (copy / "good" / "report.html").read_text()  # no row, no explanation of it
+
+
+def test_what_labels_were_asked_for_is_said_as_it_is(copy, in_process):
+    save(draw(16, 1), copy / "flat")
+    assert in_process(*flags(copy, gen=("flat",)))[0] == 0
+    page = (copy / "flat" / "report.html").read_text()
+    assert "asked for the same labels." not in page and "labels unknown" in page
+
+
+def test_the_checkpoint_that_made_the_images_is_found(tmp_path):
+    """From the sample folder back to its run, and an image grows again; other weights at its place are noticed."""
+    file = tmp_path / "000-GeCA-XS-0" / "checkpoints" / "last_ckpt.pt"
+    file.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "assets" / "geca-xs-phantom" / "geca-xs-phantom.pt", file)
+    trained = generation.load(file)
+    about = {"model": "GeCA-XS", "run": "000-GeCA-XS-0", "weights": "ema", "sampler": "ddim", "steps": 2, "seed": 0,
+             "checkpoint": "../000-GeCA-XS-0/checkpoints/last_ckpt.pt", "weights_hash": weights_hash(trained.net)}
+    images = LabelledImages((tmp_path / "samples" / "000000.png", tmp_path / "samples" / "000001.png"),
+                            np.eye(len(trained.labels), dtype=np.float32)[:2] * [[0], [1]], tuple(trained.labels),
+                            folder=tmp_path / "samples", name="GeCA-XS", about=about)
+    found = evaluate.trained_of(images, [], "cpu")
+    assert found.path == file
+    said, strip = evaluate.life_of(found, images)
+    assert said == f"image 1, asked for {trained.labels[1]}, over the 2 steps of ddim" and strip.width == 1660
+    moved = replace(images, about={**about, "checkpoint": "gone.pt"})
+    with pytest.raises(UserError, match=r"not found .gone.pt.*--runs says where"):
+        evaluate.trained_of(moved, [], "cpu")
+    assert evaluate.trained_of(moved, [tmp_path], "cpu").path == file
+    with pytest.raises(UserError, match="holds other weights"):
+        evaluate.trained_of(replace(images, about={**about, "weights_hash": "0" * 16}), [], "cpu")
+
+
+def test_curves_are_drawn_where_there_are_some():
+    def curve(*values):
+        return np.array([range(len(values)), values], float)
+
+    logged = {"a": {"loss": curve(2, 1), "kid": curve(0.1)}, "b": {"loss": curve(3, 2)}}
+    (picture,) = evaluate.drawn_curves(logged, {"a": "#112233", "b": "#445566"})  # one point of KID is no curve
+    pixels = {tuple(p) for p in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    assert {(0x11, 0x22, 0x33), (0x44, 0x55, 0x66)} <= pixels
 
 
 def test_a_classifier_is_asked_whether_labels_show(copy, in_process):
@@ -242,7 +357,7 @@ def test_a_generator_that_may_have_seen_the_validation_images(copy, in_process):
     (copy / "good" / "settings.json").write_text(json.dumps({"about": {"model": "GeCA-S", "trained_on_fold": 3}}))
     code, _, err = in_process(*flags(copy))
     assert code == 0 and "GeCA-S: its generator was trained on another fold" in err
-    assert report(copy / "good")["warnings"][-1].startswith("GeCA-S")
+    assert report(copy / "good")["warnings"][0].startswith("LEAK: GeCA-S")
 
 
 def test_results_go_to_the_first_folder_and_repeat(copy, in_process):
@@ -372,11 +487,6 @@ def foreign_settings(copy):
     (copy / "good" / "settings.json").write_text('{"about": "hello"}')
 
 
-def five_test_images(copy):
-    lines = (copy / "root" / "test.csv").read_text().splitlines()
-    (copy / "root" / "test.csv").write_text("\n".join(lines[:6]) + "\n")
-
-
 def damaged_settings(copy):
     (copy / "good" / "settings.json").write_text("{")
 
@@ -407,7 +517,6 @@ def nothing(copy):
     (empty, [], ["--gen", "no image in it"]),
     (damaged_settings, [], ["settings.json", "damaged"]),
     (foreign_settings, [], ["settings.json", "hello"]),
-    (five_test_images, [], ["real: test", "found 5 images", "more than 5"]),
     (nothing, ["--features", "dinov9"], ["--features dinov9", "retina"]),
     (nothing, ["--lpips", "vgg"], ["--lpips vgg", "alex=FILE or none"]),
     (nothing, ["--lpips", "alex"], ["--image-size 16", "--lpips none"]),

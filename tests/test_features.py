@@ -183,7 +183,7 @@ def test_scale_of_other_weights_is_refused(copy):
 def test_damaged_scale(copy):
     file = copy / module.SCALE_FILE
     file.write_bytes(file.read_bytes()[:100])
-    assert "cannot be read" in message_of(lambda: open_features(str(copy)))
+    assert "damaged" in message_of(lambda: open_features(str(copy)))
 
 
 # ---- the command that measures the scale

@@ -15,7 +15,7 @@ ROOMS = {
     "metrics": {"core"},
     "models": {"core", "automaton"},
     "dataset": {"core"},
-    "generation": {"core", "presets", "diffusion", "metrics", "models", "dataset"},
+    "generation": {"core", "presets", "automaton", "diffusion", "metrics", "models", "dataset"},
     "classification": {"core", "metrics", "dataset"},
     "evaluation": {"core", "metrics", "dataset", "classification"},
 }

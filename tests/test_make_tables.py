@@ -221,12 +221,29 @@ def test_the_script_writes_both_tables(tmp_path):
     assert lines[2].startswith("| Training images | Sen ↑, paper | Sen ↑, ours |") and lines[3] == "|---" * 15 + "|"
     assert "**62.00 ± 2.83**" in lines[8] and lines[8].endswith(r"| \*\*\*\* | 0.0010 \*\* |") and lines[8] in out
     with open(tmp_path / "out" / "table2.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert len(rows) == 6 and {len(r) for r in rows} == {15} and rows[1][12] == "45.00 ± 7.07"
+        first, *others = csv.DictReader(file)
+    assert len(others) == 4 and first["mAP ↑, ours"] == "45.0" and first["mAP ↑, ours, spread"][:7] == "7.07106"
+    assert others[0]["mAP ↑, ours"] == others[0]["mAP ↑, ours, spread"] == ""  # not run: no number
+    assert (others[3]["p, ours"], others[3]["p, ours, stars"], others[3]["p, paper"]) == ("0.001", "**", "****")
+    numbers = [value for row in (first, *others) for head, value in row.items()
+               if head.endswith((" ↑, ours", " ↑, paper", "spread")) and value]
+    assert len(numbers) == 2 * 6 * (5 + 2) and all(float(value) >= 0 for value in numbers)
+
+
+def test_the_paper_can_be_left_out(tmp_path):
+    saved(tmp_path / "in", BASE, classified("GeCA-S", (0.60, 0.64), p=0.001), generated("GeCA-S"))
+    succeeded(call_script("make_tables.py", tmp_path / "in", "--no-paper", "--output", tmp_path / "out"))
+    for name, columns, rows in (("table1", 5, 1), ("table2", 8, 2)):
+        lines = (tmp_path / "out" / f"{name}.md").read_text().splitlines()
+        table = [line for line in lines if line.startswith("| ")]
+        assert len(table) == 1 + rows and {line.count(" | ") + 1 for line in table} == {columns}
+        assert "paper" not in "".join(lines).lower()
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "found no results.json"), ("{", "not results of"), ("[]", "not results of"), ("{}", "not results of"),
+    (None, "found no results.json"), ("{", "results.json: damaged (Expecting"),
+    ("[]", "found [], expected an object"), ("{}", "has no `kind`"),
+    ('{"kind": "classification", "format_version": 1}', "has no `method`"),
     ('{"kind": "generation", "format_version": 2}', "in format 2, expected"),
     ('{"kind": "other", "format_version": 1}', "is other in format 1"),
 ])
@@ -240,17 +257,17 @@ def test_files_that_are_no_results_are_one_line(tmp_path, content, message):
 
 
 TRICKY = Table("50 % & more_of_it", ["Method", "x ↑"], [["a_b & c|d", Cell(1.5, 0.25, best=True)], ["p*q", "**"]],
-               ["100 # 1 < 2 {x} ~ ^ \\ $5 – 3 × 4"])
+               ["100 # 1 < 2 {x} ~ ^ \\ $5 – 3 × 4"], "tab:tricky")
 
 
 def test_markdown_is_escaped():
     lines = TRICKY.markdown().splitlines()
-    assert lines[4] == r"| a_b & c\|d | **1.50 ± 0.25** |" and lines[5] == r"| p\*q | \*\* |"
+    assert lines[4] == r"| a\_b \& c\|d | **1.50 ± 0.25** |" and lines[5] == r"| p\*q | \*\* |"
 
 
 def test_latex_is_escaped():
     text = TRICKY.latex()
-    assert r"\caption{50 \% \& more\_of\_it}" in text
+    assert r"\caption{50 \% \& more\_of\_it}" + "\n" + r"\label{tab:tricky}" in text
     assert r"a\_b \& c$|$d & \textbf{1.50 $\pm$ 0.25} \\" in text and r"Method & x $\uparrow$ \\" in text
     assert (r"1. 100 \# 1 $<$ 2 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$5 -- 3 $\times$ 4\par"
             in text)
@@ -262,7 +279,7 @@ def test_latex_is_escaped():
 
 
 def test_latex_of_real_tables_is_ascii(tmp_path):
-    """A sign that is not in evaluation.tables.LATEX would not compile."""
+    """A sign that is not in core.text.LATEX would not compile."""
     results = saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=0.001), generated("GeCA-S"))
     assert table_2(results[:2], "image").latex().isascii()
     assert table_1(results[2:]).latex().isascii()
@@ -274,3 +291,18 @@ def test_cells_and_order():
     rows = [["a", Cell(1.001)], ["b", Cell(1.004)], ["c", Cell(0.5)], ["d", Cell(None)]]  # 1.00 both, as shown
     assert [r[1].best for r in mark_best(rows, 1, max)] == [True, True, False, False]
     assert not mark_best(rows[2:], 1, max)[0][1].best  # alone
+
+
+def test_equals_are_marked_alike_wherever_they_are_shown():
+    """Numbers that are shown as the same: in Markdown and in LaTeX, 0 and what is rounded to it, .5 and below it."""
+    values = [-0.001, 0.001, 0.004, -0.0, 1.0]
+    rows = mark_best([[str(i), Cell(value, 0.1)] for i, value in enumerate(values)], 1, min)
+    table = Table("t", ["a", "b"], rows, [], "tab:t")
+    assert [row[1].best for row in rows] == [True] * 4 + [False]
+    assert table.markdown().count("**0.00 ± 0.10**") == table.latex().count(r"\textbf{0.00 $\pm$ 0.10}") == 4
+
+
+def test_a_p_value_is_never_0(tmp_path):
+    table = table_2(saved(tmp_path, BASE, classified("GeCA-S", (0.60, 0.64), p=2.5e-5)), "image")
+    assert row(table, "GeCA-S")["p, ours"] == "< 0.0001 ****"
+    assert "2.5e-05,****" in table.csv()

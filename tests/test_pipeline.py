@@ -5,9 +5,12 @@ What needs no process of its own runs in this one (`call_script`): starting Pyth
 
 import argparse
 import json
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,13 +20,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import Trap
 
+import extract_features
+from automaton import attention, engines
 from core import runs
 from dataset import latents
 from dataset.images import load_images
 from dataset.root import read_split
 from dataset.vae import VaeCodec
 from generation import checkpoint as checkpoints
-from generation import sampling
+from generation import output, sampling
 from models import MODELS
 from train_vae import build
 
@@ -112,12 +117,12 @@ def test_a_killed_extraction_goes_on_where_it_was(store, tiny_vae, tmp_path, mon
     monkeypatch.setattr(latents, "write_shard", dies)
     out = tmp_path / "store"
     assert extract(store / "data", out, tiny_vae).returncode == 130
-    assert [path.name for path in out.iterdir()] == [".features_0.tmp"]
+    assert sorted(path.name for path in out.iterdir()) == [".features_0.lock", ".features_0.tmp"]
     monkeypatch.setattr(latents, "write_shard", lambda *given: (written.append(given[1]), write(*given)))
     total = len(read_split(store / "data", "train_0"))
     assert f"continuing, 2 of {total} images are there" in succeeded(extract(store / "data", out, tiny_vae))
     assert written == list(range(0, total, 2))
-    assert [path.name for path in out.iterdir()] == ["features_0"]
+    assert sorted(path.name for path in out.iterdir()) == [".features_0.lock", "features_0"]
     one, two = latents.load(store / "one", 0), latents.load(out, 0)
     assert one.manifest == two.manifest and torch.equal(one.labels, two.labels)
     torch.testing.assert_close(two.mean[:], one.mean[:], rtol=1e-4, atol=1e-4)
@@ -181,7 +186,7 @@ def test_stopped_and_continued_is_as_if_never_stopped(store, trained, tiny_vae, 
         train(store, tiny_vae, "halves", "--epochs", 2, "--ckpt-every", 2))
     assert metrics(halves, "loss") == pytest.approx(metrics(trained, "loss"), rel=1e-6)
     a, b = checkpoint(halves), checkpoint(trained)
-    assert a["step"] == b["step"] and [p.name for p in halves.parent.iterdir()] == [RUN]
+    assert a["step"] == b["step"] and [p.name for p in halves.parent.glob("0*")] == [RUN]
     for name in ("model", "ema"):
         for key in b[name]:
             torch.testing.assert_close(a[name][key], b[name][key], rtol=1e-5, atol=1e-7)
@@ -208,7 +213,8 @@ def test_patients_on_both_sides_are_named(store, tiny_vae):
     val[1] = ",".join([*val[1].split(",")[:-2], patient, eye])
     (store / "leaky" / "val_0.csv").write_text("\n".join(val))
     out = succeeded(train(store, tiny_vae, "leaks", "--epochs", 1, data="leaky"))
-    assert f"warning: 1 patient(s) train and validate, {patient} the first" in out
+    assert re.search(rf"warning: LEAK: .*train_0.csv and val_0.csv: 1 patient\(s\) in both, the first is {patient}",
+                     out)
 
 
 def test_another_setting_is_another_run_and_a_finished_one_stays(store, trained, tiny_vae):
@@ -216,7 +222,7 @@ def test_another_setting_is_another_run_and_a_finished_one_stays(store, trained,
     out = succeeded(train(store, tiny_vae, "whole", "--epochs", 1))  # of which two are done
     assert "continuing from step" in out and (trained / "checkpoints" / "last_ckpt.pt").stat().st_mtime_ns == before
     succeeded(train(store, tiny_vae, "whole", "--epochs", 1, "--lr", "2e-3"))
-    assert sorted(p.name for p in trained.parent.iterdir()) == [RUN, f"001{RUN[3:]}"]
+    assert sorted(p.name for p in trained.parent.glob("0*")) == [RUN, f"001{RUN[3:]}"]
 
 
 @pytest.mark.parametrize("launcher, more", [("accelerate", ()), ("torchrun", ("--multi_scale",))])
@@ -237,6 +243,19 @@ def test_training_in_image_space(store, tiny_vae):
     succeeded(train(store, tiny_vae, "image_space", "--epochs", 1, "--image-space", "--image-size", 8, cache="pixels"))
     model = checkpoint(store / "image_space" / RUN)["model_args"]
     assert (model["in_channels"], model["input_size"]) == (3, 8)
+
+
+def test_the_position_code_is_part_of_the_net(store, trained, tiny_vae, tmp_path):
+    """A file of the published code does not name it, as before; ours is in the checkpoint and not mixed with the other.
+    """
+    assert "position_code" not in checkpoint(trained)["model_args"]
+    succeeded(train(store, tiny_vae, "2d", "--epochs", 1, "--position-code", "2d"))
+    file = store / "2d" / RUN / "checkpoints" / "last_ckpt.pt"
+    net = checkpoints.build(checkpoints.load(file))
+    assert net.position_code == "2d" and checkpoint(store / "2d" / RUN)["model_args"]["position_code"] == "2d"
+    refused(train(store, tiny_vae, "no", "--load-from", file), "--load-from", "was trained with --position-code 2d")
+    refused(train(store, tiny_vae, "no", "--position-code", "2d", "--load-from", trained / "checkpoints" /
+                  "last_ckpt.pt"), "was trained with --position-code published")
 
 
 def test_another_run_gives_the_start_values_and_gradients_can_be_normalised(store, trained, tiny_vae, monkeypatch):
@@ -375,30 +394,55 @@ def test_half_precision_samples_nearly_the_same_images(trained, tmp_path):
         refused(sample("sample_ddp_val.py", trained, tmp_path / "no", "--precision", "fp16"), "needs a GPU")
 
 
-def test_a_compiled_denoiser_makes_the_same_images(trained, tmp_path, monkeypatch):
-    """Captured but not turned into code, for which not every machine has a compiler."""
-    compiled, compile_function = [], torch.compile
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of what torch.compile gets; it captures but makes no code, for which not every machine has a compiler."""
+    names, compile_function = [], torch.compile
 
     def capture(function, **options):
-        compiled.append(function.__name__)
+        names.append(function.__name__)
         return compile_function(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", capture)
+    for kept in (engines._fused, attention._fused):
+        kept.cache_clear()
+    yield names
+    for kept in (engines._fused, attention._fused):
+        kept.cache_clear()
+
+
+def test_a_compiled_denoiser_makes_the_same_images(trained, tmp_path, compiled):
     succeeded(sample("sample_ddp_val.py", trained, tmp_path / "a"))
+    assert not compiled
     succeeded(sample("sample_ddp_val.py", trained, tmp_path / "b", "--compile"))
     a, b = (pictures(tmp_path / name / NAME / "gen_samples_val") for name in "ab")
-    assert compiled == ["cache", "update"] and a.keys() == b.keys()
-    assert all(abs(a[k] - b[k]).max() <= 1 for k in a)
+    assert {"_first_cache", "_renew_", "_ask", "_answer_", "_forward_by_gathers"} <= {*compiled}
+    assert a.keys() == b.keys() and all(abs(a[k] - b[k]).max() <= 1 for k in a)
+
+
+@pytest.mark.parametrize(("model", "parts"), [("GeCA-XS", {"_forward_by_gathers", "_backward_by_gathers"}),
+                                              ("DiT-S/2", {"forward"})])
+def test_a_compiled_training_learns_the_same(store, tiny_vae, compiled, model, parts):
+    """And its weights have the same names."""
+    losses, names = {}, {}
+    for flag in ("--no-compile", "--compile"):
+        results = f"compiled-{model[:3]}{flag}"
+        succeeded(train(store, tiny_vae, results, "--model", model, "--epochs", 2, flag))
+        run = store / results / f"000-{model.replace('/', '-')}-0"
+        losses[flag], names[flag] = metrics(run, "loss"), checkpoint(run)["model"].keys()
+    assert {*compiled} == parts and names["--compile"] == names["--no-compile"]
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=1e-4)
 
 
 @pytest.mark.parametrize("model, same", [("DiT-S", "DiT-S/2"), ("LDM-B", "LDM-B")])
 def test_baselines_train_and_sample_by_the_same_commands(store, tiny_vae, tmp_path, model, same):
     succeeded(train(store, tiny_vae, model, "--model", model, "--epochs", 1, "--grad-norm", "--val_samples", 2))
-    (run,) = (store / model).iterdir()
+    (run,) = (store / model).glob("0*")
     assert run.name == f"000-{model}-0" and np.isfinite(list(metrics(run, "loss").values())).all()
     succeeded(sample("sample_ddp_val.py", run, tmp_path, "--model", same, "--sampler", "dpmpp"))
     assert (tmp_path / f"{NAME.replace('GeCA-XS', model)}-dpmpp").is_dir()
     refused(train(store, tiny_vae, "no", "--model", model, "--multi_scale"), "--multi-scale", model)
+    refused(train(store, tiny_vae, "no", "--model", model, "--position-code", "2d"), "--position-code 2d", model)
     assert not (store / "no").exists()
 
 
@@ -467,6 +511,84 @@ def test_a_stopped_sampler_makes_what_is_missing_and_keeps_the_rest(trained, exp
     assert list(after) == list(before) and all(abs(after[k] - before[k]).max() <= 1 for k in before)
 
 
+def test_a_sampler_that_is_asked_to_stop_ends_after_its_batch(trained, expanded, tmp_path, monkeypatch):
+    """SIGTERM in the first batch of two; the same command goes on, and the images are those of one go."""
+    write, written = output.write_image, []
+
+    def asked(path, picture):
+        if not written:
+            signal.raise_signal(signal.SIGTERM)
+        written.append(path.name)
+        write(path, picture)
+
+    class Now:  # signals reach the main thread alone
+        def __init__(self, *_):
+            pass
+
+        __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+        def submit(self, call, *arguments):
+            call(*arguments)
+            return mock.Mock()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_image", asked)
+        patch.setattr(output, "ThreadPoolExecutor", Now)
+        done = sample("sample_ddp.py", trained, tmp_path, "--per-proc-batch-size", 2)
+    assert done.returncode == 75 and "stopped after a batch; the same command continues" in done.stdout
+    assert written == ["000000.png", "000001.png"] and not (tmp_path / NAME / "train_syn_0.csv").exists()
+    succeeded(sample("sample_ddp.py", trained, tmp_path, "--per-proc-batch-size", 2))
+    made, whole = pictures(tmp_path / NAME / "gen_samples"), pictures(expanded / NAME / "gen_samples")
+    assert len(made) > 2 and all(abs(made[name] - whole[name]).max() <= 1 for name in made)
+
+
+def test_an_extraction_that_is_asked_to_stop_keeps_what_it_has(store, tiny_vae, tmp_path, monkeypatch):
+    moments, seen = extract_features.moments, []
+
+    def asked(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return moments(*arguments)
+
+    monkeypatch.setattr(extract_features, "moments", asked)
+    with pytest.raises(SystemExit) as stop:
+        call_main(extract_features, "--data-path", store / "data", "--features-path", tmp_path, "--fold", 0, *SIZE,
+                  "--vae", tiny_vae, "--global-batch-size", 2)
+    assert stop.value.code == 75
+    total = len(read_split(store / "data", "train_0"))
+    assert f"continuing, 6 of {total} images are there" in succeeded(extract(store / "data", tmp_path, tiny_vae))
+    torch.testing.assert_close(latents.load(tmp_path, 0).mean[:], latents.load(store / "one", 0).mean[:], rtol=1e-4,
+                               atol=1e-4)
+
+
+def call_main(module, *arguments):
+    with mock.patch.object(sys, "argv", [module.__name__, *map(str, arguments)]):
+        module.main()
+
+
+def test_samples_of_a_model_that_diverged_are_not_written(trained, tmp_path):
+    """Its weights are finite, what they make is not."""
+    content = checkpoint(trained, "best")
+    content["ema"] = {key: value * 1e30 for key, value in content["ema"].items()}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(content, tmp_path / "checkpoints" / "best_ckpt.pt")
+    done = call_script("sample_ddp.py", "--ckpt", tmp_path / "checkpoints" / "best_ckpt.pt", "--labels", "null",
+                       "--count", 1, "--num-sampling-steps", 3, "--sample-dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert "error: the samples are not finite: nothing is written;" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out/*/*/*.png"))
+
+
+def test_weights_that_diverge_replace_no_checkpoint(store, tiny_vae):
+    """--ckpt-every is more often than --log-every, where the loss is looked at."""
+    done = train(store, tiny_vae, "diverges", "--epochs", 2, "--lr", "1e30", "--log-every", 1000, "--ckpt-every", 1)
+    assert done.returncode == 2
+    assert re.search(r"error: the weights are not finite at step 2; the last checkpoint stays; lower --lr",
+                     done.stderr.splitlines()[-1])
+    assert checkpoint(store / "diverges" / RUN)["step"] == 1
+
+
 # ---- mistakes: one line, exit code 2, nothing left behind
 
 
@@ -526,7 +648,7 @@ def test_extraction_leaves_other_features_alone(store, spoiled, tiny_vae):
 
 def test_a_file_in_place_of_a_folder(store, trained, tiny_vae, tmp_path):
     (tmp_path / "file").touch()
-    refused(extract(store / "data", tmp_path / "file", tiny_vae), "Not a directory", "file")
+    refused(extract(store / "data", tmp_path / "file", tiny_vae), "--features-path", "File exists")
     refused(train(store, tiny_vae, tmp_path / "file", "--epochs", 1), "--results-dir", "file")
     refused(sample("sample_ddp_val.py", trained, tmp_path / "file"), "Not a directory", "file")
 
@@ -557,7 +679,7 @@ def test_training_refuses_wrong_flags_and_caches(store, trained, tiny_vae, tmp_p
         (("--vae", other_vae(tmp_path / "vae")), ("features_0", "vae is", "extract again")),
         (("--image-size", 64), ("shape (4, 4, 4)", "expected (4, 8, 8)")),
         (("--in_channels", 3), ("--in-channels 3", "has 4")),
-        (("--load_from", tmp_path / "half.pt"), ("--load-from", "half.pt", "not a checkpoint")),
+        (("--load_from", tmp_path / "half.pt"), ("--load-from", "half.pt", "loaded safely")),
         (("--load-from", best, "--model", "GeCA-S"), ("--load-from", "holds a GeCA-XS")),
         (("--load-from", tmp_path / "codec.pt"), ("--load-from", "latents of other:1234")),
         (("--feature-path", tmp_path / "cut"), ("shard-00000", "damaged")),
@@ -587,8 +709,17 @@ def test_a_damaged_last_checkpoint_is_not_trained_over(store, trained, tiny_vae,
     last = tmp_path / "results" / RUN / "checkpoints" / "last_ckpt.pt"
     cut(last)
     size = last.stat().st_size
-    refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 3), "last_ckpt.pt", "not a checkpoint")
+    refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 3), "last_ckpt.pt", "loaded safely")
     assert last.stat().st_size == size
+
+
+@pytest.mark.parametrize("lacks", ["opt", "step", "minutes", "model"])
+def test_a_last_checkpoint_without_its_training_is_not_trained_over(store, trained, tiny_vae, tmp_path, lacks):
+    """As one that was made of bare weights."""
+    shutil.copytree(trained.parent, tmp_path / "results")
+    last = tmp_path / "results" / RUN / "checkpoints" / "last_ckpt.pt"
+    torch.save({key: value for key, value in torch.load(last, weights_only=True).items() if key != lacks}, last)
+    refused(train(store, tiny_vae, tmp_path / "results", "--epochs", 3), "last_ckpt.pt: damaged (", "train anew")
 
 
 def test_samplers_refuse_other_checkpoints(trained, tmp_path):
@@ -602,10 +733,10 @@ def test_samplers_refuse_other_checkpoints(trained, tmp_path):
         (("--num_classes", 5), ("--num-classes 5", "--num-classes 11")),
         (("--image-size", 64), ("--image-size 64", "--image-size 32")),
         (("--ckpt", tmp_path / "nowhere.pt"), ("nowhere.pt", "no such file")),
-        (("--ckpt", tmp_path / "half.pt"), ("half.pt", "not a checkpoint")),
+        (("--ckpt", tmp_path / "half.pt"), ("half.pt", "loaded safely")),
         (("--ckpt", tmp_path / "trap.pt"), ("trap.pt", "loaded safely")),
         (("--ckpt", tmp_path / "foreign.pt"), ("foreign.pt", "not a checkpoint")),
-        (("--fold", 7), ("val_7.csv", "no such file")),
+        (("--fold", 7), ("--fold 7", "was trained with --fold 0")),
     ]
     for more, words in cases:
         refused(sample("sample_ddp_val.py", trained, tmp_path / "out", *more), *words)
@@ -692,7 +823,7 @@ def test_labels_are_asked_for_by_name(trained, tmp_path):
     assert folder.name.endswith("-labels-DR+FLD_null")
     split = read_split(folder, "asked")
     wanted = [[float(name in ("DR", "FLD")) for name in split.label_names]] * 3 + [[0.0] * len(split.label_names)] * 2
-    assert split.labels.tolist() == wanted and Image.open(folder / "grid.png").width > 5 * 128
+    assert split.labels.tolist() == wanted and Image.open(folder / "grid.png").width > 3 * 128
     before = (folder / "asked" / "000000.png").stat().st_mtime_ns
     succeeded(call_script("sample_ddp.py", *command, "--labels", "DR,FLD", "--labels", "null", "--count", 3, 2))
     assert (folder / "asked" / "000000.png").stat().st_mtime_ns == before

@@ -312,7 +312,7 @@ def test_dash_and_underscore_are_the_same_and_zero_defaults_are_shown(tree, tmp_
         assert (tmp_path / "a" / f"{name}.csv").read_bytes() == (tmp_path / "b" / f"{name}.csv").read_bytes()
     with pytest.raises(SystemExit):
         here(monkeypatch, "--help")
-    assert "(default: 0)" in capsys.readouterr().out
+    assert "(at least 0; default: 0)" in capsys.readouterr().out
 
 
 def test_phantom_end_to_end(tmp_path):

@@ -104,12 +104,18 @@ def test_flags_in_prose_exist():
         for flag in action.option_strings}
     known |= set(re.findall(r"--[a-z]+(?=\)|\|)", (ROOT / "quickstart.sh").read_text()))
     named = {(p.name, flag.replace("_", "-")) for p in PAGES for code in re.findall(r"`([^`\n]+)`", p.read_text())
+             if not code.startswith("sbatch ")  # flags of Slurm
              for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
     assert named and not [(page, flag) for page, flag in sorted(named) if flag not in known]
 
 
 def test_no_page_is_unfinished():
     assert not [(p.name, word) for p in PAGES for word in re.findall(r"@[A-Z]+@|TODO|FIXME", p.read_text())]
+
+
+def test_no_line_of_the_readme_is_too_wide():
+    wide = {i: len(line) for i, line in enumerate((ROOT / "README.md").read_text().splitlines(), 1) if len(line) > 120}
+    assert not wide
 
 
 def test_links_lead_somewhere():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core import files
 from core.errors import UserError
 from dataset.sources import (
     aptos2019,
@@ -188,6 +189,16 @@ def test_retinamnist_says_what_is_unknown(tmp_path):
     assert len(own.remarks) == 1 and "patients are unknown" in own.remarks[0]
 
 
+def test_large_arrays_are_read_from_the_disk_as_they_are_used(tmp_path, monkeypatch):
+    file, seen = npz(tmp_path / "octmnist.npz", (8, 8)), []
+    monkeypatch.setattr(Image, "fromarray", lambda array: seen.append(array) or array)
+    expected = [np.array(record.draw()) for record in medmnist.read_octmnist(file).records]
+    assert not any(isinstance(array, np.memmap) for array in seen)
+    monkeypatch.setattr(files, "MAPPED", 0)
+    found = [record.draw() for record in medmnist.read_octmnist(file).records]
+    assert all(isinstance(array, np.memmap) for array in found) and all(map(np.array_equal, found, expected))
+
+
 def test_an_npz_is_known_by_its_md5(tmp_path, monkeypatch):
     file = npz(tmp_path / "octmnist_224.npz", (4, 4))
     assert len(medmnist.read_octmnist(file).remarks) == 2
@@ -208,10 +219,10 @@ def test_npz_files_that_are_none(tmp_path):
     refused(r"train_labels\[1\] is 5, expected 0 to 4", medmnist.read_retinamnist, wrong)
     refused("float64", medmnist.read_retinamnist, npz(tmp_path / "b.npz", (4, 4), val_images=np.zeros((2, 4, 4))))
     np.savez(tmp_path / "c.npz", train_images=np.zeros(3))
-    refused("has no train_labels", medmnist.read_retinamnist, tmp_path / "c.npz")
+    refused("has no `train_labels`", medmnist.read_retinamnist, tmp_path / "c.npz")
     np.savez(tmp_path / "d.npz", **{f"{s}_{k}": np.array([{}], object) for s in ("train", "val", "test")
                                     for k in ("images", "labels")})
-    refused("d.npz: no .npz file", medmnist.read_retinamnist, tmp_path / "d.npz")
+    refused("d.npz: damaged .Object arrays cannot be loaded", medmnist.read_retinamnist, tmp_path / "d.npz")
 
 
 def test_octdl(tmp_path):

@@ -1,6 +1,7 @@
 """Images on their way into a data root: formats, links, names that meet, identical pictures; report and audit."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 import prepare_data
 from core.cli import run
 from core.errors import UserError
+from dataset import store as stores
 from dataset.collection import Collection, Record
 from dataset.images import center_crop, load_image
 from dataset.patients import across, same_name
@@ -92,6 +94,7 @@ def test_of_several_pages_the_first_counts(tmp_path):
 
 def stored(tmp_path, records, **options):
     root = tmp_path / "root"
+    root.mkdir(exist_ok=True)
     return store(Collection(("A",), records, len(records)), root, StoreOptions(**options), iter), root
 
 
@@ -100,6 +103,36 @@ def files(tmp_path, count=3, suffix=".JPG"):
     for i, path in enumerate(paths):
         picture(i).save(path, format="JPEG" if suffix == ".JPG" else None)
     return paths
+
+
+def test_a_killed_preparation_goes_on_with_what_nobody_has_touched(tmp_path, monkeypatch):
+    """Five images; killed after the third; then the second is exchanged. What is left is that of one go."""
+    paths = files(tmp_path, 5, ".png")
+    records = [Record(f"s/{i}", (i % 2,), path) for i, path in enumerate(paths)]
+
+    def stop(images):
+        for k, image in enumerate(images):
+            yield image
+            if k == 2:
+                raise KeyboardInterrupt
+
+    (tmp_path / "root").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        store(Collection(("A",), records, 5), tmp_path / "root", StoreOptions(resize=32, workers=1), stop)
+    done = len((tmp_path / "root" / "stored.jsonl").read_text().splitlines())
+    assert done >= 3
+    picture(77).save(paths[1])
+    with open(tmp_path / "root" / "stored.jsonl", "a") as file:
+        file.write('{"record": "s/4", "st')
+    read = []
+    monkeypatch.setattr(stores, "load_image", lambda path: (read.append(path), load_image(path))[1])
+    found, root = stored(tmp_path, records, resize=32)
+    assert read == [paths[1], *paths[done:]]
+    shutil.rmtree(root)
+    whole, root = stored(tmp_path, records, resize=32)
+    for name in whole.__dataclass_fields__:
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), name
+    assert [path.name for path in root.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("copy", [False, True])

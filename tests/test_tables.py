@@ -154,7 +154,7 @@ def test_paths_are_as_seen_from_where_the_command_was_given(root, monkeypatch, c
 
 @pytest.mark.parametrize("arguments, message", [
     (("--folds", "0 7"), "--folds 7: "), (("--models", "GeCA-S Other"), "expected some of"),
-    (("--throughput", "nothing.json"), "not a file of benchmarks/bench.py"), (("--steps", "0"), "--steps")])
+    (("--throughput", "nothing.json"), "nothing.json: cannot be read"), (("--steps", "0"), "--steps")])
 def test_mistakes_are_one_line(dry, arguments, message, capsys):
     with pytest.raises((UserError, SystemExit)) as found:
         dry(1, *arguments)
@@ -253,21 +253,39 @@ def test_an_output_keeps_its_settings(root, monkeypatch, capsys):
         run_plan(monkeypatch, capsys, 1, *command)
 
 
-def test_a_kill_is_handed_on(tmp_path, monkeypatch, capsys):
-    """A step that is told to stop may save first; the plan then ends with its exit code."""
+@pytest.mark.parametrize("kind, ending, code", [
+    (signal.SIGTERM, 130, 75), (signal.SIGTERM, 1, 75), (signal.SIGUSR1, 75, 75), (signal.SIGUSR1, 0, 75)])
+def test_a_signal_is_handed_on(tmp_path, kind, ending, code):
+    """A step that is told to stop may save first; the plan then ends with "again", whatever the step's exit code."""
     def missed(*_):
         raise AssertionError("the plan itself was hit")
 
     (tmp_path / "done").mkdir()
-    before = signal.signal(signal.SIGTERM, missed)
+    before = signal.signal(kind, missed)
     try:
         with pytest.raises(SystemExit) as stop:
-            plan.execute(plan.Step("train", "x", f"trap 'touch {tmp_path}/saved; exit 130' TERM; sleep .3; "
-                                   "kill -TERM $PPID; sleep 5 & wait"), tmp_path)
-        assert signal.getsignal(signal.SIGTERM) is missed
+            plan.execute(plan.Step("train", "x", f"trap 'touch {tmp_path}/saved; exit {ending}' {kind.name}; sleep .3; "
+                                   f"kill -{kind.name} $PPID; sleep 5 & wait"), tmp_path)
+        assert signal.getsignal(kind) is missed
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert stop.value.code == 130 and (tmp_path / "saved").exists() and not (tmp_path / "done" / "x").exists()
+        signal.signal(kind, before)
+    assert stop.value.code == code and (tmp_path / "saved").exists()
+    assert (tmp_path / "done" / "x").exists() == (ending == 0)
+
+
+def test_a_signal_that_was_missed_comes_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "REPEAT_SECONDS", 0.1)
+    (tmp_path / "done").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        plan.execute(plan.Step("train", "x", f"trap '' USR1; kill -USR1 $PPID; sleep .5; trap 'touch {tmp_path}/saved; "
+                               "exit 75' USR1; while :; do sleep .1; done"), tmp_path)
+    assert stop.value.code == 75 and (tmp_path / "saved").exists()
+
+
+def test_a_step_that_fails_ends_the_plan_with_its_exit_code(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        plan.execute(plan.Step("train", "x", "exit 3"), tmp_path)
+    assert stop.value.code == 3
 
 
 # ---- shell
@@ -285,6 +303,11 @@ def fake(path, text='echo "$@"'):
     path.chmod(0o755)
 
 
+def link(folder):
+    """The scripts for Slurm as seen from another folder that is submitted from."""
+    (folder / "scripts" / "slurm").symlink_to(ROOT / "scripts" / "slurm")
+
+
 def shell(script, *arguments, **environment):
     done = subprocess.run(["bash", ROOT / script, *arguments], env={"PATH": os.environ["PATH"], **environment},
                           capture_output=True, text=True)
@@ -298,6 +321,7 @@ def shell(script, *arguments, **environment):
     (0, ["evaluate", "table"], "0 1", "GeCA-S DiT-S LDM-B")])
 def test_tasks_of_an_array_job(tmp_path, number, steps, folds, models):
     fake(tmp_path / "scripts" / "table2.sh", "printf '%q ' \"$@\"")
+    link(tmp_path)
     found = shell("scripts/slurm/array.sh", "2", *steps, SLURM_SUBMIT_DIR=str(tmp_path), FOLDS="0 1", DATA="d",
                   OUTPUT="o", SLURM_ARRAY_TASK_ID=str(number))
     assert found == ["--data", "d", "--output", "o", "--folds", folds, "--models", models, "--only", *steps]
@@ -306,15 +330,15 @@ def test_tasks_of_an_array_job(tmp_path, number, steps, folds, models):
 
 def test_a_table_on_two_nodes(tmp_path):
     fake(tmp_path / "scripts" / "table2.sh", "printf '%q ' \"$@\"")
+    link(tmp_path)
     fake(tmp_path / "bin" / "scontrol", "echo node7; echo node8")
     fake(tmp_path / "bin" / "accelerate")
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    found = shell("scripts/slurm/multinode.sh", "2", SLURM_SUBMIT_DIR=str(tmp_path), PATH=path, DATA="d", OUTPUT="o",
-                  SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="40007", SLURM_NNODES="2")
+    found = shell("scripts/slurm/multinode.sh", "2", "--models", "GeCA-S", SLURM_SUBMIT_DIR=str(tmp_path), PATH=path,
+                  DATA="d", OUTPUT="o", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="40007", SLURM_NNODES="2")
     args = plan.parser().parse_args(["2", *found])
-    assert args.launch == "srun --kill-on-bad-exit=1 scripts/slurm/accelerate_node.sh"
-    assert args.sample_launch.endswith("torchrun --nnodes=2 --nproc_per_node=4 --rdzv_id=40007 --rdzv_backend=c10d "
-                                       "--rdzv_endpoint=node7:20007")
+    assert args.launch == args.sample_launch == "srun --kill-on-bad-exit=1 scripts/slurm/accelerate_node.sh"
+    assert args.models == ["GeCA-S"]
     words = shell("scripts/slurm/accelerate_node.sh", "train.py", "--fold", "0", PATH=path, SLURM_NNODES="2", GPUS="4",
                   SLURM_NODEID="1", MASTER_ADDR="node7", MASTER_PORT="20007")
     assert words[-3:] == ["train.py", "--fold", "0"]
@@ -322,6 +346,33 @@ def test_a_table_on_two_nodes(tmp_path):
     launched = launch_command_parser().parse_args(words[1:])
     assert (launched.num_machines, launched.machine_rank, launched.num_processes, launched.main_process_ip,
             launched.main_process_port, launched.mixed_precision) == (2, 1, 8, "node7", 20007, "fp16")
+
+
+@pytest.mark.parametrize("array, state, code, requeued", [
+    ({}, "RUNNING", 75, "7"), ({"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}, "RUNNING", 75, "6_1"),
+    ({}, "COMPLETING", 75, None), ({}, "RUNNING", 2, None)])
+def test_only_a_stopped_job_that_still_runs_is_requeued(tmp_path, array, state, code, requeued):
+    """With the id of this one task of an array; a job that Slurm is ending (scancel) stays ended."""
+    fake(tmp_path / "bin" / "squeue", f"echo {state}")
+    fake(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path}/asked')
+    fake(tmp_path / "plan", f"trap 'exit {code}' USR1; sleep .2; kill -TERM $PPID; while :; do sleep .1; done")
+    done = subprocess.run(["bash", "-c", f"source scripts/slurm/requeue.sh; requeued_when_stopped {tmp_path}/plan"],
+                          cwd=ROOT, env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **array})
+    assert done.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else None) == (requeued and f"requeue {requeued}\n")
+
+
+@pytest.mark.parametrize("table", [1, 2])
+def test_a_plan_speaks_as_the_script_that_was_called(table, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["plan.py", str(table), "--help"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert capsys.readouterr().out.startswith(f"usage: table{table}.sh [-h]")
+    (tmp_path / "done").mkdir()
+    with pytest.raises(SystemExit):
+        plan.execute(plan.Step("train", "x", "exit 3"), tmp_path)
+    assert capsys.readouterr().err.startswith(f"table{table}.sh: x ended with exit code 3")
 
 
 # ---- scripts/check_synthetic.py
@@ -348,8 +399,8 @@ def test_perfect_and_shuffled_images(tmp_path):
         check_synthetic.make_synthetic(data, fold, tmp_path, 0)
     truth = np.tile(read_split(data, "train_0").labels, (5, 1))
     perfect, shuffled = (open_synthetic(tmp_path / name, 0).split for name in ("perfect", "shuffled"))
-    assert np.array_equal(perfect.labels, truth) and [p.resolve() for p in perfect.paths] == [
-        p.resolve() for p in shuffled.paths]
+    assert np.array_equal(perfect.labels, truth) and all(
+        one.samefile(other) for one, other in zip(perfect.paths, shuffled.paths, strict=True))
     assert not np.array_equal(shuffled.labels, truth) and np.array_equal(shuffled.labels.sum(0), truth.sum(0))
     contents = {p.read_bytes() for k in (0, 1) for p in (tmp_path / "perfect" / f"fold-{k}" / "images").iterdir()}
     assert len(contents) == 5 * (5 + 2)  # no image twice, within or between folds

@@ -23,9 +23,9 @@ from models import GeCA
 from sample_ddp import RELEASED, parser
 
 REQUIRED = ["--data-path", "D", "--feature-path", "F"]
-SPELT = ["--frozen-latents", "--no-ema-warmup", "--validation-weights", "model", "--validation-labels", "null",
-         "--validation-kid", "accumulated", "--val-samples", "24", "--num-sampling-steps", "1000", "--cfg-scale", "1",
-         "--heredity", "whole"]
+SPELT = ["--frozen-latents", "--no-ema-warmup", "--validation-weights", "model", "--no-both-weights",
+         "--validation-labels", "null", "--validation-kid", "accumulated", "--val-samples", "24",
+         "--num-sampling-steps", "1000", "--sampler", "ddpm", "--cfg-scale", "1", "--heredity", "whole"]
 
 
 def parsed(*flags):
@@ -230,7 +230,7 @@ def test_a_restored_run_goes_on_as_it_would_have(optimizer, tmp_path):
     flags = ("--optimizer", optimizer, "--lr", "0.01")
     run, again = training(*flags), training(*flags)
     run.train_step()
-    save(tmp_path / "last.pt", {**run.state(), "args": {}})
+    save(tmp_path / "last.pt", {**run.state(), "args": {"model": "GeCA-XS", "image_size": 16}})
     again.restore(load(tmp_path / "last.pt"))
     for either in (run, again):
         either.train_step()
@@ -253,10 +253,11 @@ def test_min_snr_weighs_each_noise_level():
 
 def test_loss_is_logged_in_five_bins():
     statistics = Statistics("cpu")
-    statistics.add(torch.tensor([1.0, 2, 3]), torch.tensor([0.5, 1, 4]), torch.tensor([0, 199, 999]), None)
-    statistics.add(torch.tensor([2.0]), torch.tensor([2.0]), torch.tensor([800]), 2 * torch.ones(1, 3, 2, 2))
+    statistics.add(torch.tensor([1.0, 2, 3]), torch.tensor([0.5, 1, 4]), torch.tensor([0, 199, 999]))
+    state = torch.tensor([1.0, 1, 5]).view(1, 3, 1, 1).expand(1, 3, 2, 2)  # the last channel is hidden
+    statistics.add(torch.tensor([2.0]), torch.tensor([2.0]), torch.tensor([800]), state, 1)
     means = statistics.means(Accelerator(cpu=True))
-    assert means == {"loss": 2, "loss_t0": 0.75, "loss_t4": 3, "state_rms": 2}
+    assert means == {"loss": 2, "loss_t0": 0.75, "loss_t4": 3, "state_rms": 3, "hidden_rms": 5}
 
 
 # ---- heredity in training
@@ -305,19 +306,18 @@ def validate(monkeypatch, *flags):
     asked, made, g = [], np.zeros((8, 4, 4, 3), np.uint8), np.random.default_rng(0)
     real, *generated = g.standard_normal((12, 5)), *g.standard_normal((2, 8, 5))
 
-    def record(net, codec, labels, ids, cells, options, device, progress):
+    def record(net, codec, labels, ids, cells, options, device, progress, on_step):
         asked.append((labels, options))
         yield ids, made
 
     monkeypatch.setattr(validation_module, "sample_images", record)
     monkeypatch.setattr(validation_module, "load_images", lambda paths, size, workers: paths)
-    monkeypatch.setattr(validation_module.Validation, "write_grid", lambda self, images, path: None)
     features = iter([real, *generated])
     split = LabelledImages(tuple("abcdefghijkl"), np.eye(3)[np.arange(12) % 3], tuple("ABC"))
-    validation = validation_module.Validation(split, lambda images: next(features), None, 4, 2,
+    validation = validation_module.Validation(split, split, lambda images: next(features), None, 4, 2,
                                               train.validation_options(args), Accelerator(cpu=True))
     before = []
-    scores = [validation(None, None, before) for _ in range(2)]
+    scores = [validation(None, before)[0] for _ in range(2)]
     return asked[0], scores, real, generated, validation.chosen
 
 

@@ -99,17 +99,24 @@ def test_equally_good_generators_are_seldom_told_apart(shift, most):
 
 def test_a_better_generator_is_found():
     real, good, bad = gaussian(0, 60), gaussian(1, 60), gaussian(2, 60, shift=0.7)
-    difference, p = paired_difference(real, good, bad)
-    assert difference < 0 and p < 0.01
-    assert paired_difference(real, bad, good) == pytest.approx((-difference, p))
+    difference, p, low, high = paired_difference(real, good, bad)
+    assert low < difference < high < 0 and p < 0.01
+    assert paired_difference(real, bad, good) == pytest.approx((-difference, p, -high, -low))
     wins = sum(paired_difference(gaussian([7, i], 80), gaussian([8, i], 80), gaussian([9, i], 80, shift=0.5))[1] < 0.05
                for i in range(40))
     assert wins > 30
 
 
+@pytest.mark.parametrize("shift", [0.2, 0.3, 0.4])
+def test_the_interval_leaves_out_zero_where_p_is_below_5_percent(shift):
+    """One and the same normal distribution: p = 0.05 exactly where an end of the interval is 0."""
+    _, p, low, high = paired_difference(gaussian(0, 40), gaussian(1, 40), gaussian(2, 40, shift=shift))
+    assert (low > 0 or high < 0) == (p < 0.05)
+
+
 def test_a_generator_against_itself():
     real, same = gaussian(0, 20), gaussian(1, 20)
-    assert paired_difference(real, same, same.copy()) == (0, 1)
+    assert paired_difference(real, same, same.copy()) == (0, 1, 0, 0)
 
 
 def test_comparison_needs_pairs():

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from core.errors import UserError
+from dataset import outside
 from dataset.collection import Collection, Record
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
@@ -49,6 +50,7 @@ def image_files(folder):
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not any(
         part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    outside.refuse(folder, [path.relative_to(folder) for path in images], f"--input {folder}")
     return images, [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 

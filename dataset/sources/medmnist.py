@@ -6,13 +6,13 @@ RetinaMNIST has grades 0 to 4 of diabetic retinopathy and comes from DeepDRiD, O
 Kermany's OCT2017. No file says which patient an image shows.
 """
 
-import hashlib
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from core.errors import UserError, first_line
+from core.errors import UserError
+from core.files import NUMBERS, file_hash, read_arrays
 from dataset.collection import SPLITS, Collection, Record
 from dataset.tables import GRADES
 
@@ -43,7 +43,7 @@ def _read(path, name, labels, stated, remarks):
     file = _file(path, name)
     arrays = _arrays(file)
     known = MD5.get(file.name)
-    if known and _md5(file) != known:
+    if known and file_hash(file, "md5") != known:
         remarks += (f"{file.name}: its MD5 is not the {known} that MedMNIST states",)
     records = [record for split in SPLITS for record in _records(file, split, arrays, len(labels))]
     return Collection(labels, records, len(records), stated, remarks)
@@ -59,30 +59,11 @@ def _file(path, name):
     return found[0]
 
 
-def _md5(file):
-    """MD5 of a file's bytes, read piece by piece."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(file, "rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _arrays(file):
     """Name -> array. Nothing in the file is executed."""
-    wanted = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            missing = [name for name in wanted if name not in content]
-            if missing:
-                raise UserError(f"{file}: has no {missing[0]}, expected {', '.join(wanted)}; download it again")
-            return {name: content[name] for name in wanted}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{file}: no .npz file ({first_line(error)}); download it again") from None
-    except Exception as error:  # zipfile and zlib have their own kinds
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: damaged ({first_line(error)}); download it again") from None
+    wanted = {f"{split}_{kind}": (dimensions, NUMBERS) for split in SPLITS
+              for kind, dimensions in (("images", (3, 4)), ("labels", (1, 2)))}
+    return read_arrays(file, "download it again", wanted)
 
 
 def _records(file, split, arrays, classes):

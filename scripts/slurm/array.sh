@@ -8,14 +8,17 @@
 #   sbatch --array=0-2 --dependency=afterok:ID2:ID3 scripts/slurm/array.sh 2 classify    3 models, all folds each
 #   sbatch --array=0 --dependency=afterok:ID4 scripts/slurm/array.sh 2 table
 #
-# The first word is the table (for 1: extract; train sample; evaluate table). Resubmitting goes on where it stopped.
+# The first word is the table (for 1: extract; train sample; evaluate table); flags of the table may follow the steps.
+# Resubmitting goes on where it stopped; what a time limit or a pre-emption stops is requeued. docs/CLUSTERS.md
 #SBATCH --job-name=geca-tables
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@180
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%A-%a.txt
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
@@ -35,5 +38,5 @@ case " $* " in
     *" classify "*) WHAT=(--folds "${FOLD[*]}" --models "${MODEL[ID]}") ;;
     *) WHAT=(--folds "${FOLD[ID % ${#FOLD[@]}]}" --models "${MODEL[ID / ${#FOLD[@]}]}") ;;
 esac
-# `exec`, so that the signal reaches the plan, which hands it on: training then saves and stops
-exec scripts/table"$TABLE".sh --data "$DATA" --output "$OUTPUT" "${WHAT[@]}" --only "$@"
+source scripts/slurm/requeue.sh
+requeued_when_stopped scripts/table"$TABLE".sh --data "$DATA" --output "$OUTPUT" "${WHAT[@]}" --only "$@"
