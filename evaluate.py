@@ -17,12 +17,10 @@ from fetch_assets.py: `--features retina --lpips none`.
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from core import runtime
 from core.cli import Parser, integer, run
@@ -140,9 +138,8 @@ def drawn_curves(logged, shades):
                 if any(len(known[value][0]) > 1 for value in values.keys() & known.keys())}
         if runs:
             figure = curves.plot(runs, SMOOTH, [(title, values, logarithmic)], bins=False, colours=shades)
-            with io.BytesIO() as file:
-                figure.savefig(file, format="png", dpi=200)
-                shown.append(Image.open(file).copy())
+            figure.set_dpi(200)
+            shown.append(pictures.drawn(figure))
     return shown
 
 

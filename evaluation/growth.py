@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+
+from evaluation.pictures import drawn
 
 WIDTH, MARGIN, GAP = 830, 150, 4  # of a page, of the row titles, between tiles
 LINE, LETTERS = 15, 8.6  # pixels between lines of text; size of letters in points (12 pixels)
@@ -117,9 +118,7 @@ class Page:
 
     def pixels(self):
         """-> PIL image."""
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        return drawn(self.figure)
 
 
 def page(blocks, note="", scale=2):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from core.random import generator
 from dataset.images import load_image
@@ -81,3 +83,10 @@ def closest(pairs, generated_paths, training_paths, image_size):
     captions = [f"distance {pair['distance']:.3g}" +
                 (f", LPIPS {pair['lpips']:.2f}" if pair["lpips"] is not None else "") for pair in pairs]
     return Gallery(["training", "generated"], images, [[""] * len(pairs), captions])
+
+
+def drawn(figure):
+    """A matplotlib figure as a PIL image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

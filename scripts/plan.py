@@ -217,14 +217,18 @@ def execute(step, output):
     """Run a command; note that it is done, or end this program: with its exit code, AGAIN after SIGTERM or SIGUSR1."""
     print(step.command, flush=True)
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` is this one
-    child, asked = subprocess.Popen(["bash", "-c", step.command], env={**os.environ, "PATH": places}), []
+    child, asked = None, []
 
     def hand_on(kind, frame):
         asked.append(kind)
-        if kind != signal.SIGINT:  # the terminal has told the child too, which saves its work
+        if child and kind != signal.SIGINT:  # the terminal has told the child too, which saves its work
             child.send_signal(kind)
 
+    # Before the child starts: a signal that comes while it does is kept for it, and does not end this program.
     before = {kind: signal.signal(kind, hand_on) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    child = subprocess.Popen(["bash", "-c", step.command], env={**os.environ, "PATH": places})
+    for kind in set(asked) - {signal.SIGINT}:
+        child.send_signal(kind)
     code = wait(child, asked)
     for kind, handler in before.items():
         signal.signal(kind, handler)

@@ -532,12 +532,12 @@ HOSTILE = "x\n\n# Headline\n![](http://127.0.0.1/pixel)\r<script>|`$1$`"
 
 
 def test_names_stay_in_their_cell():
-    table = Table(HOSTILE, ["Method", HOSTILE], [[HOSTILE, "[1] * \\\\"], ["=1+1", Cell(-1.5)]], [HOSTILE])
+    table = Table(HOSTILE, ["Method", HOSTILE], [[HOSTILE, "[1] * \\\\"], ["=1+1", Cell(-1.5)]], [HOSTILE], "tab:x")
     lines = table.markdown().splitlines()
     assert len(lines) == 8 and not [text for text in lines if text.startswith(("#", "!"))]
     assert lines[4].startswith(r"| x \# Headline !\[\](http://127.0.0.1/pixel) \<script\>\|\`\$1\$\` | \[1\] \* \\\\ |")
     source = table.latex()
-    assert len(source.splitlines()) == len(Table("", ["", ""], [["", ""]] * 2, [""]).latex().splitlines())
+    assert len(source.splitlines()) == len(Table("", ["", ""], [["", ""]] * 2, [""], "tab:x").latex().splitlines())
     assert r"x \# Headline !{[}{]}(http" in source and r"{[}1{]} {*} \textbackslash{}\textbackslash{} \\" in source
 
 

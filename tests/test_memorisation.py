@@ -147,12 +147,12 @@ def as_dict(pair, lpips=None):
 def test_picture(files):
     """Training image above its sample, and a distance below that."""
     pairs = [as_dict(Pair(0, 2, 0.2)), as_dict(Pair(2, 0, 0.1))]
-    plain = np.asarray(closest(pairs, *files, 8))[:, :, 0]
+    plain = np.asarray(closest(pairs, *files, 8).picture())[:, :, 0]
     columns = [plain[:, -71], plain[:, -71 - 134]]  # tiles of 128 pixels, a gap of 6
     assert [[v for v in dict.fromkeys(c.tolist()) if (c == v).sum() > 100] for c in columns] == [[100, 30], [12, 10]]
     assert plain[134:145, -134:].min() == 255  # nothing but paper below the first row ...
     assert (plain[-16:, -134:] < 200).any()  # ... and ink below the second
-    more = closest([as_dict(Pair(0, 2, 0.2), 0.125)] * 10, *files, 8)
+    more = closest([as_dict(Pair(0, 2, 0.2), 0.125)] * 10, *files, 8).picture()
     assert 8 * 134 < more.width < 9 * 134 + 100 and more.height > 4 * 128  # eight in a row, then two
 
 
