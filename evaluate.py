@@ -1,7 +1,7 @@
 """Compare generated images with the real ones of a fold: a row of the paper's Table 1, and how certain it is.
 
     python evaluate.py --fold 0 --real data/oct --gen synthetic/GeCA-S-GS-fold-0-nstep-250-...
-    python evaluate.py --image-size 64 --real data/phantom --features retina --lpips none --gen FOLDER_A FOLDER_B
+    python evaluate.py --real data/phantom --features retina --lpips none --gen FOLDER_A FOLDER_B
 
 Real: ROOT/val_{fold}.csv; what the generator was trained on: ROOT/train_{fold}.csv. Generated: the images that
 FOLDER/val_syn_{fold}.csv lists (made by sample_ddp_val.py). The first row of the table is the noise floor: real images
@@ -51,6 +51,7 @@ def main():
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output}: is a file, expected a folder")
     sets = open_sets(args.real, args.gen, args.fold, args.global_seed)
+    args.image_size = sets.image_size(args.image_size)
     sets.check_counts(args.subset_size)
     networks = Networks(args.device_list or [runtime.start().device], args.features, args.gg_extractor, args.lpips,
                         args.classifier, sets.label_names, args.image_size)
@@ -177,7 +178,8 @@ def parser():
                    help="folders of sample_ddp_val.py, or folders that hold some; each is a row")
     outside.add_flag(p)
     p.add_argument("--fold", type=integer(0), default=0, help="whose validation images are the real ones")
-    p.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the images, in pixels")
+    p.add_argument("--image-size", type=integer(8, 2048), help="side of the images, in pixels (default: that of the "
+                   "samples, or 256 where their folders do not say)")
     p.add_argument("--output", type=Path, metavar="DIR", help="for results (default: the first --gen folder)")
     g = p.add_argument_group("scores")
     g.add_argument("--features", nargs="+", metavar="NAME",

@@ -59,7 +59,7 @@ python sample_ddp_val.py --preset quickstart --ckpt "$RUN/checkpoints/last_ckpt.
 SAMPLES=$(ls -dt "$OUTPUT/synthetic-$MINUTES-minutes"/GeCA-XS-* | head -n 1)
 
 step "5 report: real against real is the noise floor, then GeCA-XS"
-python evaluate.py --real "$DATA" --gen "$SAMPLES" --fold 0 --image-size 64 --features retina --lpips none \
+python evaluate.py --real "$DATA" --gen "$SAMPLES" --fold 0 --features retina --lpips none \
     --cache "$OUTPUT/cache" --output "$OUTPUT/report"
 echo
 echo "report:  $OUTPUT/report/report.html (and real_vs_generated.png, results.txt, results.json)"

@@ -11,6 +11,7 @@ from evaluation.names import distinct
 from metrics.kid import check_subset_size
 from metrics.prdc import NEAREST
 
+PUBLISHED_SIZE = 256  # pixels: of the paper's images
 SMALLEST_FLOOR = 8  # images: KID over subsets of a fourth of them
 
 
@@ -34,6 +35,17 @@ class Sets:
             if len(images) <= NEAREST:
                 raise UserError(f"{images.name}: found {len(images)} images, expected more than {NEAREST}; coverage "
                                 "looks at so many neighbours of each")
+
+    def image_size(self, given=None):
+        """Pixels per side: what --image-size gives, or else what the samplers noted, or else PUBLISHED_SIZE.
+
+        Raises UserError for sets of several sizes.
+        """
+        noted = {images.about["image_size"]: images.name for images in self.generated if "image_size" in images.about}
+        if given is None and len(noted) > 1:
+            raise UserError("--gen: " + ", ".join(f"{name} has images of {side} pixels" for side, name in noted.items())
+                            + "; sets of one size can be compared")
+        return given or next(iter(noted), PUBLISHED_SIZE)
 
     def check_files(self, image_size):
         """Raise UserError for a damaged image, a generated one of another size, or the same set twice."""

@@ -107,7 +107,7 @@ class Plan:
         a = self.args
         features = ["--features", *a.features] if a.features else []
         return [Step("evaluate", f"evaluate-{k}", self.command(
-            "python", "evaluate.py", "--real", a.data, "--fold", k, "--image-size", a.image_size, *features, "--lpips",
+            "python", "evaluate.py", "--real", a.data, "--fold", k, *features, "--lpips",
             a.lpips, "--output", self.out / "evaluate" / f"fold-{k}", "--gen") + "".join(
                 f" {shlex.quote(str(self.out / 'synthetic' / plain(model)))}/*-GS-fold-{k}-*" for model in a.models))
             for k in self.folds]

@@ -36,15 +36,9 @@ from scripts.study_learning import BATCH, MODELS, MUON, SIZE, append_row, call, 
 
 FOLD = 0
 RATES = {model: float(rate) / 2 for model, rate in MUON.items()}  # constant: half of what is best with decay to 0
-POINT = {"model": str, "images": Number(), "steps": Number(), "kid": dict, "fid": dict, "gg": float, "copies": float,
+POINT = {"model": str, "images": Number(), "steps": Number(), "kid": {}, "fid": {}, "gg": float, "copies": float,
          "copies_expected": float, "authentic": float, "error": float, "training_error": float}  # schema of a line
-PANELS = (  # title, value of a line, its interval, what real images have
-    ("KID[{space}] × 1e-3", lambda row: 1e3 * row["kid"][row["space"]]["value"],
-     lambda row: [1e3 * v for v in row["kid"][row["space"]]["interval"]]),
-    ("GG[{space}]", lambda row: row["gg"], lambda row: row["gg_interval"]),
-    ("AuthPct", lambda row: row["authentic"], None),
-    ("copies, %", lambda row: 100 * row["copies"], lambda row: [100 * v for v in row["copies_interval"]]),
-    ("error on validation (full) and training images × 1e-4", lambda row: 1e4 * row["error"], None))
+ERROR = "error on validation (full) and training images × 1e-4"
 
 
 def subset(args):
@@ -158,35 +152,44 @@ def lines(file):
     return read_jsonl(file, "remove that line and measure again", POINT)
 
 
+def panels(spaces):
+    """What is drawn side by side: title, value of a line, its interval. KID in each feature space, then the rest."""
+    return [*((f"KID[{name}] × 1e-3", lambda row, name=name: 1e3 * row["kid"][name]["value"],
+               lambda row, name=name: [1e3 * v for v in row["kid"][name]["interval"]]) for name in spaces),
+            (f"GG[{spaces[0]}]", lambda row: row["gg"], lambda row: row["gg_interval"]),
+            ("AuthPct", lambda row: row["authentic"], None),
+            ("copies, %", lambda row: 100 * row["copies"], lambda row: [100 * v for v in row["copies_interval"]]),
+            (ERROR, lambda row: 1e4 * row["error"], None)]
+
+
 def plot(file):
-    """The lines of points.jsonl as a figure."""
+    """The lines of points.jsonl as a figure: a row of panels for each number of images."""
     rows = lines(file)
-    counts, space = sorted({row["images"] for row in rows}), next(iter(rows[0]["kid"]))
-    figure = Figure(figsize=(3.6 * len(PANELS), 3.2 * len(counts)), layout="constrained")
-    grid = figure.subplots(len(counts), len(PANELS), squeeze=False, sharex="row")
+    counts, shown = sorted({row["images"] for row in rows}), panels(list(rows[0]["kid"]))
+    figure = Figure(figsize=(3.4 * len(shown), 3.2 * len(counts)), layout="constrained")
+    grid = figure.subplots(len(counts), len(shown), squeeze=False, sharex="row")
     for places, count in zip(grid, counts, strict=True):
-        for axes, panel in zip(places, PANELS, strict=True):
-            draw(axes, [row | {"space": space} for row in rows if row["images"] == count], panel)
-            axes.set_title(panel[0].format(space=space), fontsize=9)
+        for axes, panel in zip(places, shown, strict=True):
+            draw(axes, [row for row in rows if row["images"] == count], *panel)
         places[0].set_ylabel(f"{count} training images")
         places[0].legend(fontsize=8)
     return figure
 
 
-def draw(axes, rows, panel):
+def draw(axes, rows, title, value, interval):
     """One panel: a curve with intervals for each model; dashed: real test images, or the error on training images."""
-    title, value, interval = panel
     for model in MODELS:
         own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["steps"])
         steps, shade = [row["steps"] for row in own], COLOURS[model]
-        axes.plot(steps, [value(row) for row in own], color=shade, marker="o", markersize=3, label=model)
-        if interval:
+        if own:
+            axes.plot(steps, [value(row) for row in own], color=shade, marker="o", markersize=3, label=model)
+        if own and interval:
             axes.fill_between(steps, *zip(*map(interval, own), strict=True), color=shade, alpha=0.12)
-        if title.startswith("error"):
+        if own and title == ERROR:
             axes.plot(steps, [1e4 * row["training_error"] for row in own], color=shade, linestyle="--")
-    if not title.startswith("error"):
-        axes.axhline(value(rows[0]["floor"] | {"space": rows[0]["space"]}), color="grey", linestyle="--",
-                     label="real test images")
+    if title != ERROR:
+        axes.axhline(value(rows[0]["floor"]), color="grey", linestyle="--", label="real test images")
+    axes.set_title(title, fontsize=9)
     axes.set_xscale("log")
     axes.set_xlabel("training steps of 32 images", fontsize=8)
     axes.grid(alpha=0.3)

@@ -21,7 +21,7 @@ from dataset.images import load_image, load_images
 from dataset.pictures import caption, grid, pairs
 from dataset.root import read_split, write_split
 from dataset.sets import LabelledImages
-from evaluation import evaluation, names, pictures
+from evaluation import evaluation, names, pictures, sets
 from evaluation import features as feature_spaces
 from evaluation.comparison import method_of
 from metrics.fid import fid
@@ -497,6 +497,19 @@ def no_scale(copy):
 
 def nothing(copy):
     pass
+
+
+@pytest.mark.parametrize("noted, given, side", [((64, 64), None, 64), ((None, 64), None, 64), ((None, None), None, 256),
+                                                ((64, 128), 64, 64), ((64, 128), None, None)])
+def test_the_side_of_the_images_is_what_the_sampler_noted(noted, given, side):
+    generated = [LabelledImages((), name=f"set-{number}", about={"image_size": size} if size else {})
+                 for number, size in enumerate(noted)]
+    found = sets.Sets(None, None, None, generated, LABELS, [])
+    if side:
+        assert found.image_size(given) == side
+    else:
+        with pytest.raises(UserError, match=r"set-0 has images of 64 pixels, set-1 .* 128 pixels"):
+            found.image_size(given)
 
 
 @pytest.mark.parametrize("damage, more, parts", [
