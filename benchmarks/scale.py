@@ -1,12 +1,15 @@
-"""Many images: rate and peak memory of preparing, checking and extracting them, and of the start of a training.
+"""Many images: rate and peak memory of preparing, checking, extracting, training and sampling, beside those of few.
 
     python benchmarks/scale.py --count 100000 --output /tmp/scale
 
-Draws a few phantoms, links each of them many times under other names, and runs the scripts on all of them. Prints a
-Markdown table; the folder may be removed afterwards.
+Draws a few phantoms, links each of them many times under other names, and runs the scripts on FEW of them and on all.
+Sampling is stopped after its first images; all but the last of those it lacks are put there as links, and the same
+command goes on. Prints a Markdown table; the folder may be removed afterwards. Scores of many images: scores.py.
 """
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +23,9 @@ from core.errors import UserError  # noqa: E402
 from core.files import make_folder  # noqa: E402
 from dataset.sources import phantom  # noqa: E402
 
-DRAWN, SIDE, STEPS = 200, 64, 20
+DRAWN, SIDE, FEW = 200, 64, 1000
+LEFT = 32  # images that a continued sampling still has to make
+CHECKPOINT = "assets/geca-xs-phantom/geca-xs-phantom.pt"
 
 
 def link_many(folder, count):
@@ -39,8 +44,7 @@ def link_many(folder, count):
 def measured(*command):
     """Run a script -> (seconds, peak memory of its process in MiB). Raises UserError where it fails."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+    process = started(command)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -49,32 +53,88 @@ def measured(*command):
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
+def started(command):
+    """A script as a process of its own."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(pattern, folder, process):
+    """Seconds until a file of this pattern has something in it. Raises UserError where the process ends before."""
+    start = time.perf_counter()
+    while not any(file.stat().st_size for file in folder.glob(pattern)):
+        if process.poll() is not None:
+            raise UserError(f"ended early: {process.stderr.read().strip().splitlines()[-1]}")
+        time.sleep(0.05)
+    return time.perf_counter() - start
+
+
+def prepared(folder, count):
+    """Prepare, check and extract `count` images; -> rows of the table, name -> (seconds, MiB)."""
+    images, root, store = (folder / name for name in ("images", "root", "store"))
+    link_many(images, count)
+    extract = ("extract_features.py", "--preset", "small-geca-xs", "--data-path", root, "--features-path", store)
+    return {"`prepare_data.py`": measured("prepare_data.py", "--source", "folder", "--input", images,
+                                          "--patient-pattern", r"^p(\d+)_", "--no-join-identical", "--output", root),
+            "`prepare_data.py --check`": measured("prepare_data.py", "--check", root),
+            "`extract_features.py`": measured(*extract),
+            "`extract_features.py`, complete already": measured(*extract)}
+
+
+def trained(folder):
+    """Train for half a minute; -> seconds to the first step, steps/s after it, peak memory in MiB."""
+    process = started(("train.py", "--preset", "small-geca-xs", "--data-path", folder / "root", "--feature-path",
+                       folder / "store", "--log-every", 1, "--max-minutes", 0.6, "--val-samples", 2,
+                       "--num-sampling-steps", 2, "--results-dir", folder / "results"))
+    first = wait_for("results/*/metrics.jsonl", folder, process)
+    process.stderr.read()
+    usage = os.wait4(process.pid, 0)[2]
+    lines = next(folder.glob("results/*/metrics.jsonl")).read_text().splitlines()
+    rates = sorted(row["steps_per_second"] for row in map(json.loads, lines) if "steps_per_second" in row)
+    return first, rates[len(rates) // 2], usage.ru_maxrss / 1024
+
+
+def sampled(folder, count):
+    """Stop a sampling of `count` images at its start, link what it lacks up to LEFT, go on; -> (seconds, MiB)."""
+    command = ("sample_ddp.py", "--ckpt", CHECKPOINT, "--labels", "DR", "--count", count, "--sampler", "ddim",
+               "--num-sampling-steps", 2, "--per-proc-batch-size", LEFT, "--sample-dir", folder / "samples")
+    process = started(command)
+    wait_for("samples/*/asked/000000.png", folder, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    asked = next(folder.glob("samples/*/asked"))
+    for number in range(count - LEFT):
+        if not (target := asked / f"{number:06d}.png").exists():
+            os.link(asked / "000000.png", target)
+    return measured(*command), measured(*command)
+
+
+def measure(folder, count):
+    """All rows for `count` images: name -> text."""
+    folder.mkdir()
+    rows = {name: f"{seconds:.0f} s, {count / seconds:,.0f} images/s, {memory:,.0f} MiB"
+            for name, (seconds, memory) in prepared(folder, count).items()}
+    first, rate, memory = trained(folder)
+    rows["`train.py`"] = f"first step after {first:.0f} s, {rate:.2f} steps/s, {memory:,.0f} MiB"
+    going_on, again = sampled(folder, count)
+    rows[f"`sample_ddp.py`, {LEFT} images missing"] = f"{going_on[0]:.0f} s, {going_on[1]:,.0f} MiB"
+    rows["`sample_ddp.py`, complete already"] = f"{again[0]:.0f} s, {again[1]:,.0f} MiB"
+    return rows
+
+
 def main():
     p = Parser(__doc__)
-    p.add_argument("--count", type=integer(1000), default=100_000, help="images")
+    p.add_argument("--count", type=integer(FEW), default=100_000, help="images")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty folder for all of it")
     args = p.parse_args()
     if args.output.exists():
         raise UserError(f"--output {args.output}: already exists; remove it or choose another")
     make_folder(args.output, "--output")
-    images, root, store = (args.output.resolve() / name for name in ("images", "root", "store"))
-    link_many(images, args.count)
-    training = ("train.py", "--preset", "small-geca-xs", "--data-path", root, "--feature-path", store, "--epochs", 1,
-                "--log-every", STEPS, "--max-minutes", 0.5, "--val-samples", 2, "--num-sampling-steps", 2,
-                "--results-dir", args.output / "results")
-    tasks = {"prepare_data.py": ("prepare_data.py", "--source", "folder", "--input", images, "--patient-pattern",
-                                 r"^p(\d+)_", "--no-join-identical", "--output", root),
-             "prepare_data.py --check": ("prepare_data.py", "--check", root),
-             "extract_features.py": ("extract_features.py", "--preset", "small-geca-xs", "--data-path", root,
-                                     "--features-path", store),
-             "extract_features.py, again": ("extract_features.py", "--preset", "small-geca-xs", "--data-path", root,
-                                            "--features-path", store),
-             "train.py, half a minute": training}
-    print(f"| {args.count:,} images of {SIDE} × {SIDE} pixels | seconds | images/s | peak memory, MiB |")
-    print("|---|---|---|---|")
-    for name, command in tasks.items():
-        seconds, memory = measured(*command)
-        print(f"| `{name}` | {seconds:.0f} | {args.count / seconds:,.0f} | {memory:,.0f} |", flush=True)
+    few, many = (measure(args.output.resolve() / str(count), count) for count in (FEW, args.count))
+    print(f"| images of {SIDE} × {SIDE} pixels | {FEW:,} | {args.count:,} |\n|---|---|---|")
+    for name in few:
+        print(f"| {name} | {few[name]} | {many[name]} |")
+
 
 if __name__ == "__main__":
     run(main)
