@@ -7,7 +7,6 @@ Sampling is stopped after its first images; all but the last of those it lacks a
 command goes on. Prints a Markdown table; the folder may be removed afterwards. Scores of many images: scores.py.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from core.cli import Parser, integer, run  # noqa: E402
 from core.errors import UserError  # noqa: E402
-from core.files import make_folder  # noqa: E402
+from core.files import make_folder, read_jsonl  # noqa: E402
 from dataset.sources import phantom  # noqa: E402
 
 DRAWN, SIDE, FEW = 200, 64, 1000
@@ -89,8 +88,8 @@ def trained(folder):
     first = wait_for("results/*/metrics.jsonl", folder, process)
     process.stderr.read()
     usage = os.wait4(process.pid, 0)[2]
-    lines = next(folder.glob("results/*/metrics.jsonl")).read_text().splitlines()
-    rates = sorted(row["steps_per_second"] for row in map(json.loads, lines) if "steps_per_second" in row)
+    lines = read_jsonl(next(folder.glob("results/*/metrics.jsonl")), "measure again", {})
+    rates = sorted(row["steps_per_second"] for row in lines if "steps_per_second" in row)
     return first, rates[len(rates) // 2], usage.ru_maxrss / 1024
 
 
