@@ -14,7 +14,7 @@ from pathlib import Path
 from core.errors import UserError
 from dataset.collection import SPLITS, Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import Row, Table, binary, find_image, find_images, match_images, read_table, unlisted
+from dataset.tables import Row, Table, binary, find_images, image_column, match_images, read_table, unlisted
 
 LABELS = ("NOR", "AMD", "WAMD", "DR", "CSC", "PED", "MEM", "FLD", "EXU", "CNV", "RVO")
 LISTS = {"oct": "oct", "fundus": "cfp"}
@@ -85,20 +85,12 @@ def _record(row, file, labels, split):
 
 
 def _name_column(table, images):
-    """The column of which most values are image files."""
+    """The column that names the images."""
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; unpack the images beside {Path(table.path).name}")
-    hits = {column: sum(_is_image(images, row[column]) for row in table.rows)
-            for column in table.columns if column not in LABELS}
-    best = max(hits, key=hits.get, default=None)
-    if not hits.get(best):
+    names = [column for column in table.columns if column not in LABELS]
+    best = image_column(table, names, images, SUFFIXES)
+    if best is None:
         raise UserError(f"{table.path}: no column names files of {images} (found: {', '.join(table.columns)[:120]}); "
                         "unpack the images there")
     return best
-
-
-def _is_image(images, value):
-    try:
-        return find_image(images, value, SUFFIXES) is not None
-    except UserError:  # a path of another machine
-        return False
