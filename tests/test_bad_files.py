@@ -627,8 +627,8 @@ def test_samples_that_are_not_as_they_were_written_are_refused(tmp_path):
 
 SCRIPTS = ("train.py", "extract_features.py", "sample_ddp.py", "sample_ddp_val.py", "classify.py", "evaluate.py",
            "prepare_data.py", "train_vae.py", "scripts/plan.py", "scripts/check_metrics.py",
-           "scripts/study_grids.py", "scripts/study_learning.py", "scripts/study_memorisation.py",
-           "scripts/study_samplers.py", "scripts/study_weight_tying.py")
+           "scripts/study_grids.py", "scripts/study_learning.py", "scripts/study_limits.py",
+           "scripts/study_memorisation.py", "scripts/study_samplers.py", "scripts/study_weight_tying.py")
 
 
 @pytest.mark.parametrize("given, message", [
