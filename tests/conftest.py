@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+from helpers import save_tiny_vae  # noqa: E402
+
 from core import runs  # noqa: E402
 
 
@@ -101,16 +103,20 @@ def succeeded(done):
     return done.stdout
 
 
+def refused(done, *words):
+    """A run must have ended as a mistake of the user does: exit code 2 and one line, with these words."""
+    assert done.returncode == 2, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory):
     """An untrained autoencoder in diffusers' format, with the scale that its feature space needs."""
     from evaluation.features import fit
-    from train_vae import build
 
     folder = tmp_path_factory.mktemp("tiny") / "vae"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        build((4, 4, 8, 8)).save_pretrained(folder)
+    save_tiny_vae(folder)
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     paths = [folder.parent / f"{i}.png" for i in range(len(noise))]
     for path, image in zip(paths, noise, strict=True):

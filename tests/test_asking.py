@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_script, succeeded
+from conftest import ROOT, call_script, refused, succeeded
 from helpers import message_of, noise_images, save_images
 from PIL import Image
 
@@ -20,11 +20,6 @@ from generation.trained import read
 NAMES = ["DR", "FLD", "A=B"]
 BUNDLED = ROOT / "assets" / "geca-xs-phantom"
 PHANTOM = read(BUNDLED / "geca-xs-phantom.pt", {})[0].label_names
-
-
-def refused(done, *words):
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
 
 
 # ---- labels

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_script, ctrl_c_at, run_script, succeeded
+from conftest import ROOT, call_script, ctrl_c_at, refused, run_script, succeeded
 from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import Trap
@@ -590,12 +590,6 @@ def test_weights_that_diverge_replace_no_checkpoint(store, tiny_vae):
 
 
 # ---- mistakes: one line, exit code 2, nothing left behind
-
-
-def refused(done, *words):
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
 
 
 @pytest.fixture
