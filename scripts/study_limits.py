@@ -36,10 +36,11 @@ from models import MODELS
 
 PLAIN = {"steps": 25, "sampler": "ddim", "cfg_scale": 1.5}  # SamplingOptions where nothing is changed
 KNOBS = {"cfg_scale": (1.0, 1.25, 2.0, 3.0, 5.0), "steps": (5, 10, 50, 100), "sampler": ("ddpm", "dpmpp"),
-         "heredity": ("none", "below:500", "whole")}
+         "heredity": ("none", "below:500")}
 CELLS = {"update_rate": (0.25, 0.375, 0.625, 0.75, 1.0), "automaton_steps": (6, 9, 10, 11, 13, 14, 16, 24)}
 TITLES = {"cfg_scale": "guidance", "steps": "sampling steps", "sampler": "sampler", "heredity": "heredity",
           "update_rate": "update rate at inference", "automaton_steps": "automaton steps at inference"}
+TICKS = (0, 50, 100, 200, 400, 800)  # of KID × 1e-3
 SCORE = {"value": float, "interval": [float]}
 POINT = {"model": str, "knob": str, "value": (str, float), "images": Number(), "kid": {str: SCORE},
          "difference?": {str: {"value": float, "interval": [float], "p": float}}}  # schema of a line
@@ -133,6 +134,9 @@ def plot(file):
         draw(axes, [row for row in rows if row["knob"] == knob], special, space)
         axes.set_title(TITLES[knob], fontsize=10)
         axes.set_ylabel(f"KID[{space}] × 1e-3", fontsize=8)
+        axes.set_yscale("symlog", linthresh=TICKS[1])  # a KID near 0 may be negative, and one far off hides the rest
+        axes.set_yticks(TICKS, map(str, TICKS))
+        axes.margins(x=0.15)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     return figure
