@@ -8,7 +8,7 @@ Each model trains once on --images training images of the fold (whole patients, 
 learning rate, and is sampled after each of --steps with the labels of all validation images. OUTPUT/points.jsonl gets a
 line per model and point: KID and FID in each feature space, the generalisation gap (GG), copies and AuthPct, all as
 evaluate.py has them, and the squared error of ε on validation and on training images. The same command goes on where
-it stopped. --plot draws these lines, a row of panels for each number of images.
+it stopped. --plot draws these lines.
 """
 
 import os
@@ -16,6 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -38,7 +39,8 @@ FOLD = 0
 RATES = {model: float(rate) / 2 for model, rate in MUON.items()}  # constant: half of what is best with decay to 0
 POINT = {"model": str, "images": Number(), "steps": Number(), "kid": {}, "fid": {}, "gg": float, "copies": float,
          "copies_expected": float, "authentic": float, "error": float, "training_error": float}  # schema of a line
-ERROR = "error on validation (full) and training images × 1e-4"
+COLUMNS = 3
+ERROR = "error, validation (full) and training × 1e-4"
 
 
 def subset(args):
@@ -158,21 +160,21 @@ def panels(spaces):
                lambda row, name=name: [1e3 * v for v in row["kid"][name]["interval"]]) for name in spaces),
             (f"GG[{spaces[0]}]", lambda row: row["gg"], lambda row: row["gg_interval"]),
             ("AuthPct", lambda row: row["authentic"], None),
-            ("copies, %", lambda row: 100 * row["copies"], lambda row: [100 * v for v in row["copies_interval"]]),
+            ("copies, %", lambda row: 100 * row["copies"], None),
             (ERROR, lambda row: 1e4 * row["error"], None)]
 
 
 def plot(file):
-    """The lines of points.jsonl as a figure: a row of panels for each number of images."""
+    """The lines of points.jsonl as a figure: COLUMNS panels beside each other, from the fewest images to the most."""
     rows = lines(file)
     counts, shown = sorted({row["images"] for row in rows}), panels(list(rows[0]["kid"]))
-    figure = Figure(figsize=(3.4 * len(shown), 3.2 * len(counts)), layout="constrained")
-    grid = figure.subplots(len(counts), len(shown), squeeze=False, sharex="row")
-    for places, count in zip(grid, counts, strict=True):
-        for axes, panel in zip(places, shown, strict=True):
+    high = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(3.6 * COLUMNS, 3 * high * len(counts)), layout="constrained")
+    for count, part in zip(counts, np.atleast_1d(figure.subfigures(len(counts), 1)), strict=True):
+        part.suptitle(f"{count} training images", fontsize=11)
+        for axes, panel in zip(part.subplots(high, COLUMNS).flat, shown, strict=False):
             draw(axes, [row for row in rows if row["images"] == count], *panel)
-        places[0].set_ylabel(f"{count} training images")
-        places[0].legend(fontsize=8)
+        part.axes[0].legend(fontsize=8)
     return figure
 
 
@@ -191,6 +193,9 @@ def draw(axes, rows, title, value, interval):
         axes.axhline(value(rows[0]["floor"]), color="grey", linestyle="--", label="real test images")
     axes.set_title(title, fontsize=9)
     axes.set_xscale("log")
+    steps = sorted({row["steps"] for row in rows})
+    axes.set_xticks(steps, map(str, steps), fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel("training steps of 32 images", fontsize=8)
     axes.grid(alpha=0.3)
 

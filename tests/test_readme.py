@@ -45,7 +45,7 @@ FURTHER = [
       "ema_decay": 0.9999, "global_batch_size": 128, "epochs": 14000, "cfg_scale": 1.5, "grad_norm": False}),
     ("sample_ddp", *SAMPLER),
     ("sample_ddp_val", *SAMPLER),
-    ("evaluate", "--real R --gen G", "--gg_extractor dino", {"fold": 0, "image_size": 256}),
+    ("evaluate", "--real R --gen G", "--gg_extractor dino", {"fold": 0}),  # --image-size: test_evaluate.py
 ]
 
 
