@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on this machine, in four minutes on two free CPU cores (after installation; longer where a data
+# The whole pipeline on this machine, in five minutes on two free CPU cores (after installation; longer where a data
 # root has many validation images, since one is sampled for each):
 #
 #   ./quickstart.sh                 on retinal OCT phantoms, which it draws itself
