@@ -152,6 +152,15 @@ def write_json(path, content):
     write_text(path, json_text(content))
 
 
+def write_array(path, array):
+    """Write an array as .npy, atomically."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_atomically(path, write)
+
+
 def write_torch(path, content):
     """Write tensors, numbers, strings, lists and dicts with torch.save, atomically."""
     write_atomically(path, lambda temporary: torch.save(content, temporary))

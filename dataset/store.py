@@ -134,7 +134,7 @@ def _store_one(record, root, options, known):
     (root / filename).parent.mkdir(parents=True, exist_ok=True)
     linked = False
     if as_is:
-        linked = _place(record.file, root / filename, options.copy)
+        linked = place(record.file, root / filename, options.copy)
     else:
         picture = changed(Image.fromarray(pixels), options)
         write_atomically(root / filename, lambda path: picture.save(path, format="PNG"))
@@ -142,7 +142,7 @@ def _store_one(record, root, options, known):
     return {"name": filename, "digest": digest, "size": [width, height], "linked": linked}
 
 
-def _place(file, target, copy):
+def place(file, target, copy=False):
     """Link a file, or copy it where it cannot be linked -> whether it is a link."""
     if not copy:
         try:

@@ -13,7 +13,6 @@ from dataset import outside
 ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")  # the first that fits
 DELIMITERS = ",;\t|"
 SNIFFED = 4096  # characters of the header by which the delimiter is found
-TRIED = 50  # rows that are looked at to find the column that names images
 GRADES = ("NODR", "MILD", "MODERATE", "SEVERE", "PDR")  # of diabetic retinopathy, international scale 0 to 4
 
 
@@ -196,15 +195,15 @@ def find_images(rows, column, folder, suffixes):
     return found
 
 
-def image_column(table, columns, folder, suffixes):
-    """That of `columns` of whose first values most are images of the folder; None where none has any."""
+def column_of_images(rows, columns, folder, suffixes):
+    """That of `columns` of which most values in `rows` are images of the folder; None where none has any."""
     def is_image(name):
         try:
             return bool(name) and find_image(folder, name, suffixes) is not None
         except (UserError, OSError, ValueError):  # not every column holds names
             return False
 
-    hits = {column: sum(is_image(row[column]) for row in table.rows[:TRIED]) for column in columns}
+    hits = {column: sum(is_image(row[column]) for row in rows) for column in columns}
     best = max(hits, key=hits.get, default=None)
     return best if hits.get(best) else None
 

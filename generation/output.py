@@ -15,7 +15,7 @@ from PIL import Image
 
 from core import claims, runs
 from core.errors import UserError
-from core.files import read_array, write_atomically, write_csv, write_text
+from core.files import read_array, write_array, write_atomically, write_csv, write_text
 from core.progress import progress_bar
 from core.tensors import weights_hash
 from dataset.images import load_images
@@ -40,8 +40,9 @@ def folder_name(checkpoint, stem, fold, options):
         more += f"-heredity-{options.heredity.replace(':', '-')}"
     if options.shared_fire:
         more += "-shared-fire"
-    return (f"{trained['model'].replace('/', '-')}-GS-fold-{fold}-nstep-{options.steps}-{stem}-size-"
-            f"{trained['image_size']}-vae-{Path(trained['vae']).name}-cfg-{options.cfg_scale}-seed-{options.seed}{more}")
+    return (f"{trained['model'].replace('/', '-')}-GS-fold-{fold}-nstep-{options.steps}-{stem}"
+            f"-size-{trained['image_size']}-vae-{Path(trained['vae']).name}"
+            f"-cfg-{options.cfg_scale}-seed-{options.seed}{more}")
 
 
 def settings_of(checkpoint, kind, model, codec, options):
@@ -90,7 +91,7 @@ def claim(folder, settings, label_file, labels, seen):
     if seen is not None:
         settings["about"]["seen_sha256"] = hashlib.sha256(seen.encode()).hexdigest()
     claims.write_settings(folder, settings)
-    write_atomically(label_file, lambda path: np.save(open(path, "wb"), labels))  # noqa: SIM115
+    write_array(label_file, labels)
     if seen is not None:
         write_text(folder / SEEN, seen)
 

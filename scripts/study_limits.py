@@ -3,11 +3,11 @@
     python scripts/study_limits.py --ckpt assets/geca-xs-oct --data data/oct --output runs/limits
     python scripts/study_limits.py --plot runs/limits/points.jsonl --output docs/images/limits.png
 
-Every point samples the labels of all validation images of a fold, with the same starting noise and, but for the update
-rate, the same cells; so each is a set of pairs with the point where nothing is changed (25 steps of ddim, guidance
-1.5), and OUTPUT/points.jsonl holds its KID and the difference of the two by metrics/uncertainty.paired_difference, in
-each feature space. Two lines bound them: real test images (the noise floor), and the same encoded and decoded (the
-ceiling: what a perfect generator of latents would score). Features are kept: the same command goes on where it stopped.
+Every point samples the labels of all validation images of a fold from the same starting noise; so each is a set of
+pairs with the point where nothing is changed (25 steps of ddim, guidance 1.5), and OUTPUT/points.jsonl holds its KID
+and the difference of the two by metrics/uncertainty.paired_difference, in each feature space. Two lines bound them:
+real test images (the noise floor), and the same encoded and decoded (the ceiling: what a perfect generator of latents
+would score). Features are kept: the same command goes on where it stopped.
 """
 
 import json
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import make_folder, read_array, read_jsonl, write_atomically, write_text
+from core.files import make_folder, read_array, read_jsonl, write_array, write_text
 from core.runtime import PRECISIONS
 from core.schema import Number
 from dataset import outside
@@ -62,8 +62,7 @@ class Study:
             file = self.args.output / "features" / f"{name}-{space}.npy"
             if not file.is_file():
                 images = images() if callable(images) else images
-                features = network(images)
-                write_atomically(file, lambda path, array=features: np.save(open(path, "wb"), array))  # noqa: SIM115
+                write_array(file, network(images))
             found[space] = read_array(file, "remove it and measure again", 2)
         return found
 
@@ -159,6 +158,7 @@ def draw(axes, rows, special, space):
 def main():
     args = parser().parse_args()
     if args.plot:
+        make_folder(args.output.parent, "--output")
         plot(args.plot).savefig(args.output, dpi=110)
         return
     if not args.data or not args.ckpt:

@@ -11,7 +11,6 @@ evaluate.py has them, and the squared error of ε on validation and on training 
 it stopped. --plot draws these lines.
 """
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.cli import Parser, integer, run
 from core.errors import UserError
-from core.files import make_folder, read_json, read_jsonl
+from core.files import make_folder, read_json, read_jsonl, write_atomically
 from core.random import generator
 from core.schema import Number
 from dataset import outside
 from dataset.images import load_images
 from dataset.root import read_split, write_split
+from dataset.store import place
 from dataset.vae import open_codec
 from generation import checkpoint as checkpoints
 from scripts.plot_learning import COLOURS
@@ -52,7 +52,8 @@ def subset(args):
     for name, split in splits.items():
         rows = first_patients(split.patients, args.images) if name.startswith("train") else range(len(split))
         for k in rows:
-            link(split.paths[k], root / split.filenames[k])
+            (root / split.filenames[k]).parent.mkdir(parents=True, exist_ok=True)
+            place(split.paths[k], root / split.filenames[k])
         write_split(root, name, *([values[k] for k in rows] for values in (split.filenames, split.labels)),
                     split.label_names, *([values[k] for k in rows] for values in (split.patients, split.eyes)))
     return root
@@ -69,31 +70,26 @@ def first_patients(patients, count):
     return sorted(rows)
 
 
-def link(source, target):
-    """A hard link, or a copy on file systems without."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def train(model, steps, root, args):
     """Train to a number of steps, from where the last point stopped; -> a copy of the checkpoint."""
     kept = args.output / "weights" / f"{model}-{args.images}-{steps}.pt"
     if kept.is_file():
         return kept
-    runs = args.output / "train" / f"{model}-{args.images}"
+    runs, per_epoch = args.output / "train" / f"{model}-{args.images}", args.images // BATCH
+    epochs = -(-steps // per_epoch)
     call(["train.py", *outside.flags(), "--model", model, "--data-path", root, "--feature-path",
           args.output / f"latents-{args.images}", "--fold", FOLD, "--image-size", SIZE, "--vae", "retina",
           "--global-batch-size", BATCH, "--optimizer", "muon", "--lr", RATES[model], "--warmup", 50, "--clip-norm", 1,
-          "--ema-decay", 0.999, "--epochs", -(-steps // (args.images // BATCH)), "--val-samples", 24, "--sampler",
+          "--ema-decay", 0.999, "--epochs", epochs, "--val-samples", 24, "--sampler",
           "ddim", "--num-sampling-steps", 25, "--log-every", 90, "--ckpt-every", 500, "--no-checkpoint-steps",
           "--results-dir", runs])
+    last = next(runs.glob("000-*/checkpoints/last_ckpt.pt"))
+    found = checkpoints.load(last).step
+    if found != epochs * per_epoch:
+        raise UserError(f"{last}: is at step {found}, expected {epochs * per_epoch}, and training does not go back; "
+                        "give another --output")
     kept.parent.mkdir(exist_ok=True)
-    shutil.copyfile(next(runs.glob("000-*/checkpoints/last_ckpt.pt")), kept)
+    write_atomically(kept, lambda temporary: shutil.copyfile(last, temporary))
     return kept
 
 
@@ -108,8 +104,8 @@ def sampled(model, steps, weights, root, args):
 def measure(steps, weights, samples, root, args):
     """Lines of points.jsonl of all models at one point."""
     output = args.output / "scores" / f"{args.images}-{steps}"
-    call(["evaluate.py", *outside.flags(), "--real", root, "--fold", FOLD, "--image-size", SIZE, "--features",
-          *args.features, "--lpips", "none", "--no-growth", "--gen", *samples.values(), "--output", output])
+    call(["evaluate.py", *outside.flags(), "--real", root, "--fold", FOLD, "--features", *args.features,
+          "--lpips", "none", "--no-growth", "--gen", *samples.values(), "--output", output])
     report = read_json(output / "results.json", "remove its folder and measure again")
     rows = {row["about"]["model"]: row for row in report["rows"] if row["kind"] == "generated"}
     floor, codec = report["rows"][0], open_codec("retina")
@@ -203,6 +199,7 @@ def draw(axes, rows, title, value, interval):
 def main():
     args = parser().parse_args()
     if args.plot:
+        make_folder(args.output.parent, "--output")
         plot(args.plot).savefig(args.output, dpi=110)
     elif not args.data:
         raise UserError("--data: is missing; give the data root, or --plot points.jsonl")

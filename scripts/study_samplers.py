@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +31,7 @@ from benchmarks.bench import Case, operations
 from core import runtime
 from core.cli import Parser, integer, number, run
 from core.errors import UserError
-from core.files import make_folder, read_array, read_jsonl, write_atomically, write_text
+from core.files import make_folder, read_array, read_jsonl, write_array, write_atomically, write_text
 from core.random import generator
 from core.schema import Number
 from core.text import markdown, p_is
@@ -85,7 +84,7 @@ class Study:
             started = time.perf_counter()
             features = self.sampled(model, codec, cells, sampler, steps)
             seconds = (time.perf_counter() - started) / self.args.images
-            write_atomically(self.features_of(about), partial(save_array, features))
+            write_array(self.features_of(about), features)
             self.add({**about, **self.score(features), "gflop_per_image": steps * cost / 1e9,
                       "seconds_per_image": seconds})
 
@@ -135,11 +134,6 @@ class Study:
         size = checkpoints.load(self.args.ckpt[0]).args["image_size"]
         self.add({"model": "real", "sampler": "-", "steps": 0, "images": self.args.images,
                   **self.score(self.space(load_images(paths, size)))})
-
-
-def save_array(array, path):
-    with open(path, "wb") as file:
-        np.save(file, array)
 
 
 def read_points(folders):

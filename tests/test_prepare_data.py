@@ -169,7 +169,7 @@ def test_wrong_rows_are_named(tree, row, message):
 
 def test_a_name_listed_twice_is_refused(tree):
     write_rows(tree / "OCT.csv", [ROWS[0][:3], ROWS[2][:3], ROWS[0][:3]])
-    with pytest.raises(UserError, match=r"line 4: 0001_OD_o_1.jpg is listed a second time"):
+    with pytest.raises(UserError, match="line 4: 0001_OD_o_1 is listed a second time"):
         oct_and_eye_fundus.read(tree, "oct")
 
 

@@ -1,6 +1,7 @@
 """scripts/study_memorisation.py: few training images of whole patients; what a line keeps is what is drawn."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import call_script, succeeded
@@ -57,3 +58,20 @@ def test_the_root_holds_the_kept_images_alone(tmp_path):
     assert read_split(root, "val_0").filenames == read_split(data, "val_0").filenames
     assert all(path.is_file() for path in kept.paths)
     assert study.subset(args) == root
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_checkpoint_is_kept_for_its_own_step_alone(tmp_path, monkeypatch, step):
+    """`train` to 8 steps, in a folder whose run may be beyond them already."""
+    last = tmp_path / "train" / "GeCA-XS-148" / "000-GeCA-XS-0" / "checkpoints" / "last_ckpt.pt"
+    last.parent.mkdir(parents=True)
+    last.write_text("weights")
+    monkeypatch.setattr(study, "call", lambda command: None)
+    monkeypatch.setattr(study.checkpoints, "load", lambda file: SimpleNamespace(step=step))
+    args = study.parser().parse_args(["--output", str(tmp_path)])
+    if step == 8:
+        assert study.train("GeCA-XS", 8, tmp_path, args).read_text() == "weights"
+    else:
+        with pytest.raises(UserError, match="is at step 12, expected 8"):
+            study.train("GeCA-XS", 8, tmp_path, args)
+        assert not (tmp_path / "weights").exists()

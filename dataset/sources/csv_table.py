@@ -9,11 +9,12 @@ import re
 from core.errors import UserError
 from dataset.collection import Collection, Record
 from dataset.sources.folder import SPLIT_NAMES, SUFFIXES, image_files
-from dataset.tables import binary, find_image, image_column, match_images, one_hot, read_table, unlisted
+from dataset.tables import binary, column_of_images, find_image, match_images, one_hot, read_table, unlisted
 
 PATIENT, EYE, SPLIT = r"patient|subject|client|^pid$|^mrn$", r"^eye|laterality", r"^(split|set|partition|subset)$"
 BINARY = {"0", "1", "0.0", "1.0"}
 MOST_CATEGORIES = 50
+TRIED = 50  # rows that are looked at to find the column of images
 
 
 def read(folder, csv, image_column="", label_columns="", patient_column="", eye_column="", split_column="",
@@ -49,7 +50,7 @@ def _named(table, name, flag):
 def _image_column(table, folder, suffixes):
     """The column that names files of the folder; numbers that are all 0 or 1 do not."""
     names = [column for column in table.columns if {row[column] for row in table.rows} - BINARY]
-    best = image_column(table, names, folder, suffixes)
+    best = column_of_images(table.rows[:TRIED], names, folder, suffixes)
     if best is None:
         raise UserError(f"{table.path}: no column names files of {folder} (found: {', '.join(table.columns)[:120]}); "
                         "give --image-column and, where the names have no suffix, --extension")

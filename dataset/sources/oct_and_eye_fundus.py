@@ -38,7 +38,11 @@ def read(folder, modality):
         raise UserError(f"{file}: no such file; --input is the folder that holds it and `{kind}/`")
     table = read_table(file)
     name, dr, dme = (table.column(column) for column in ("Name", "DR", "DME"))
-    labels = {row[name]: _labels(row, row[dr], row[dme]) for row in table.rows}
+    labels = {}
+    for row in table.rows:
+        if row[name] in labels:
+            raise UserError(f"{row.where}: {row[name]} is listed a second time; remove one of the two rows")
+        labels[row[name]] = _labels(row, row[dr], row[dme])
     paths = {}
     images, _ = image_files(Path(folder) / kind)
     for path in images:

@@ -14,7 +14,7 @@ from pathlib import Path
 from core.errors import UserError
 from dataset.collection import SPLITS, Collection, Record
 from dataset.sources.folder import SUFFIXES, image_files
-from dataset.tables import Row, Table, binary, find_images, image_column, match_images, read_table, unlisted
+from dataset.tables import Row, Table, binary, column_of_images, find_images, match_images, read_table, unlisted
 
 LABELS = ("NOR", "AMD", "WAMD", "DR", "CSC", "PED", "MEM", "FLD", "EXU", "CNV", "RVO")
 LISTS = {"oct": "oct", "fundus": "cfp"}
@@ -89,7 +89,7 @@ def _name_column(table, images):
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; unpack the images beside {Path(table.path).name}")
     names = [column for column in table.columns if column not in LABELS]
-    best = image_column(table, names, images, SUFFIXES)
+    best = column_of_images(table.rows, names, images, SUFFIXES)
     if best is None:
         raise UserError(f"{table.path}: no column names files of {images} (found: {', '.join(table.columns)[:120]}); "
                         "unpack the images there")
