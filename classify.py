@@ -21,12 +21,13 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from classification import filtering
 from classification import network as classifiers
 from classification import report as reports
 from classification.batches import AUGMENTATIONS, ImageStore
@@ -44,8 +45,8 @@ from dataset import outside
 from metrics.significance import PERMUTATIONS
 from presets import OPTIMISERS, PAPER_CLASSIFIER, presets_of
 
-NOT_SETTINGS = ("fold", "output", "synthetic", "baseline", "permutations", "data_path", "pretrained_file", "log_every",
-                "num_workers", "cache_gb", "mixed_precision")  # of these, a continued run may have others
+NOT_SETTINGS = ("fold", "output", "synthetic", "filter", "baseline", "permutations", "data_path", "pretrained_file",
+                "log_every", "num_workers", "cache_gb", "mixed_precision")  # of these, a continued run may have others
 
 
 def train(args, training, log, interruption):
@@ -107,6 +108,8 @@ def run_fold(args, fold, settings, interruption):
              f"{accelerator.mixed_precision}")
     for remark in fold.remarks:
         log.text(f"warning: {remark}")
+    if fold.filtered:
+        log.text(filtering.sentence(fold.filtered))
     if exists:
         log.text(f"continuing from step {training.step}")
     accelerator.wait_for_everyone()  # the folder is there
@@ -131,7 +134,7 @@ def test(args, training, log):
     test_scores = training.predict(best.scores, ImageStore(fold.test.paths, args.image_size, 0))
     about = {"best_epoch": training.best_epoch, "epochs": training.epoch, "steps": training.step,
              "steps_per_epoch": training.steps_per_epoch, "validation_map": training.best, "seed": args.global_seed,
-             "classifier": best.identity, "mixed_precision": accelerator.mixed_precision}
+             "classifier": best.identity, "mixed_precision": accelerator.mixed_precision, "filter": fold.filtered}
     if accelerator.is_main_process:
         reports.save_fold(args.output, *reports.fold_result(fold, validation_scores, test_scores, about,
                                                             args.global_seed))
@@ -142,7 +145,7 @@ def test(args, training, log):
 def main():
     args = parse_args()
     folds = [read_fold(args.data_path, number, labels=args.labels, synthetic=args.synthetic, seed=args.global_seed,
-                       synthetic_ratio=args.synthetic_ratio, allow_leaks=args.allow_leaks)
+                       synthetic_ratio=args.synthetic_ratio, allow_leaks=args.allow_leaks, judge=args.filter)
              for number in folds_of(args.data_path, args.fold)]
     args.method = args.method or default_method(folds[0].synthetic, args.augment)
     settings = settings_of(args, folds[0])
@@ -159,7 +162,8 @@ def main():
         check_start(args, left, process)
     args.output = by_first(process, lambda: claim_output(args.output, args.method, settings, defaults))
     with Interruption() as interruption:
-        stopped = any(run_fold(args, fold, settings_of_fold(settings, fold), interruption) for fold in left)
+        stopped = any(run_fold(args, sifted(args, fold, process), settings_of_fold(settings, fold), interruption)
+                      for fold in left)
     if stopped:
         stop()
         sys.exit(interruption.exit_code)
@@ -168,6 +172,19 @@ def main():
                              permutations=args.permutations, seed=args.global_seed)
         print(f"\n{rows}\n\n{args.output}: results.json")
     process.wait_for_everyone()
+
+
+def sifted(args, fold, process):
+    """The fold without the generated images that --filter leaves out."""
+    if not fold.filter:
+        return fold
+
+    def judge():
+        classifier = filtering.open_filter(fold.filter, fold, process.device)
+        return filtering.sift(classifier, fold, args.filter_quantile, args.eval_batch_size)
+
+    kept, report = by_first(process, judge)
+    return replace(fold.mixed(args.synthetic_ratio, args.global_seed, kept), filtered=report)
 
 
 def recipe_of(args):
@@ -184,7 +201,10 @@ def settings_of(args, fold):
 
 
 def check_start(args, folds, process):
-    """Raise UserError for what would else fail after the start: precision, batch size, weights, processes."""
+    """Raise UserError for what would else fail after the start: filter, precision, batch size, weights, processes."""
+    for fold in folds:
+        if fold.filter:
+            filtering.open_filter(fold.filter, fold, "cpu")
     precision = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision).mixed_precision
     on_cpu, processes = process.device.type == "cpu", process.num_processes
     if precision == "fp16" and on_cpu:
@@ -214,8 +234,9 @@ def parse_args():
             setattr(args, name, value)
     if args.pretrained_file and not args.pretrained:
         raise UserError("--pretrained-file: contradicts --no-pretrained; leave one of them out")
-    if args.synthetic_ratio is not None and not args.synthetic:
-        raise UserError("--synthetic-ratio: needs --synthetic; leave it out")
+    for name in ("synthetic_ratio", "filter"):
+        if getattr(args, name) is not None and not args.synthetic:
+            raise UserError(f"--{name.replace('_', '-')}: needs --synthetic; leave it out")
     return args
 
 
@@ -238,6 +259,11 @@ def parser():
     g.add_argument("--synthetic-ratio", "--real-to-synthetic", type=number(0), metavar="RATIO", help="synthetic images "
                    "per real one, at most, over all --synthetic (default: all that there are); the second is the older "
                    "spelling")
+    g.add_argument("--filter", type=Path, metavar="RESULTS", help="leave out generated images that the classifiers in "
+                   "this output folder, trained on the real images of the same folds, find unlike their labels or far "
+                   "from every real one (classification/filtering.py)")
+    g.add_argument("--filter-quantile", type=number(0, 1), default=0.1, metavar="SHARE", help="as unlike, or as far, "
+                   "as the worst SHARE of the validation images are")
     g.add_argument("--augment", choices=AUGMENTATIONS,
                    help="random rotation, crop, mirror, brightness and contrast, or nothing")
     g.add_argument("--allow-leaks", action="store_true", help="go on, with a warning that stays in the results, where "

@@ -4,7 +4,8 @@
 
 It learns from random crops of every image of the data roots except those of `test.csv`, at several scales, and
 is scored (PSNR, SSIM) on the images of `test.csv`. The same command continues a stopped run.
-The loss is L1 + 0.1·(1 − SSIM) + kl-weight·KL (Zhao et al. 2017 on mixing L1 and SSIM; Kingma & Welling 2014).
+The loss is the reconstruction's + kl-weight·KL (Kingma & Welling 2014): the mean squared error, which is what PSNR
+measures, or L1 + 0.1·(1 − SSIM) (Zhao et al. 2017).
 """
 
 import math
@@ -30,8 +31,12 @@ from dataset import contents, outside
 from dataset.images import center_crop, load_image, load_images
 from dataset.root import read_split
 from dataset.vae import DIFFUSERS, VaeCodec, to_model_range
+from generation.optimiser import OPTIMISERS, make_optimiser
 
-LEARNING_RATE, WARM_UP, EMA_DECAY = 1e-3, 100, 0.999
+WARM_UP, EMA_DECAY, BETAS = 100, 0.999, (0.9, 0.999)
+EDGES = ("encoder.conv_in", "decoder.conv_out")  # the layers that see pixels
+LOSSES = {"mse": F.mse_loss,
+          "l1-ssim": lambda a, b: F.l1_loss(a, b) + 0.1 * (1 - ssim(a, b, data_range=2.0))}
 
 
 def build(widths):
@@ -63,18 +68,19 @@ def random_crop(image, size, scales, draw):
     return crop[:, ::-1] if draw.integers(2) else crop
 
 
-def loss_terms(vae, images, draw):
-    """Images (N, 3, S, S) in [-1, 1] -> L1, 1 − SSIM, KL per latent entry in nats; one posterior sample each."""
+def loss_terms(vae, images, draw, reconstruction):
+    """Images (N, 3, S, S) in [-1, 1] -> `reconstruction` of one posterior sample each, KL per latent entry in nats."""
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=draw).to(images.device)
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return F.l1_loss(decoded, images), 1 - ssim(decoded, images, data_range=2.0), kl
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return reconstruction(decoded.float(), images), kl
 
 
-def learning_rate(step, steps):
+def learning_rate(step, steps, peak):
     """Linear warm-up, then a half cosine to zero."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(args, vae, ema, images, device, interruption):
@@ -82,7 +88,7 @@ def train(args, vae, ema, images, device, interruption):
 
     The state after each `--save-every` steps, and where it stopped, lies in OUTPUT/training_state.pt.
     """
-    optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+    optimiser = make_optimiser(vae, args.optimizer, args.lr, BETAS, EDGES)
     state_file, first = args.output / "training_state.pt", 0
     if state_file.is_file():
         state = read_torch(state_file, "state", f"remove {args.output}")
@@ -99,17 +105,19 @@ def train(args, vae, ema, images, device, interruption):
         chosen = draw.integers(len(images), size=args.batch_size)
         batch = [random_crop(images[i], args.crop, args.scales, draw) for i in chosen]
         batch = to_model_range(np.stack(batch)).to(device, memory_format=torch.channels_last)
-        optimiser.param_groups[0]["lr"] = learning_rate(step, args.steps)
-        l1, dissimilarity, kl = loss_terms(vae, batch, generator(args.global_seed, "posterior", step))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with runtime.autocast(args.precision, device):
+            loss, kl = loss_terms(vae, batch, generator(args.global_seed, "posterior", step), LOSSES[args.loss])
         optimiser.zero_grad(set_to_none=True)
-        (l1 + 0.1 * dissimilarity + args.kl_weight * kl).backward()
+        (loss + args.kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         with torch.no_grad():
             for mean, value in zip(ema.parameters(), vae.parameters(), strict=True):
                 mean.lerp_(value, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         if step % 20 == 0:
-            bar.set_postfix(l1=f"{l1:.4f}", ssim=f"{1 - dissimilarity:.3f}", kl=f"{kl:.2f}", refresh=False)
+            bar.set_postfix({args.loss: f"{loss:.5f}", "kl": f"{kl:.2f}"}, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or interruption.asked:
             state = {"model": vae.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
                      "step": step + 1}
@@ -171,7 +179,8 @@ def check_shapes(args):
 
 def claim(args, paths):
     """The output folder for this training alone: its flags, its images. Raises UserError where it holds another."""
-    flags = ("steps", "batch_size", "crop", "widths", "kl_weight", "scales", "global_seed")
+    flags = ("steps", "batch_size", "crop", "widths", "loss", "kl_weight", "optimizer", "lr", "precision", "scales",
+             "global_seed")
     settings = {name: getattr(args, name) for name in flags} | {"images": contents.digest(paths)}
     stored = claims.read_settings(args.output)
     if stored is None and (args.output / "training_state.pt").exists():
@@ -187,7 +196,7 @@ def main():
     args = parser().parse_args()
     runtime.alone("train_vae.py")
     check_shapes(args)
-    device = runtime.start().device
+    device = runtime.start(args.precision).device
     paths = [path for root in args.data_path for path in training_paths(root)]
     if not paths:
         raise UserError(f"--data-path {' '.join(map(str, args.data_path))}: no training image outside test.csv")
@@ -220,7 +229,12 @@ def parser():
     p.add_argument("--crop", type=integer(16, 256), default=64, help="side of a training crop, in pixels")
     p.add_argument("--widths", type=integer(4), nargs=4, default=(8, 32, 64, 128), metavar="C",
                    help="channels of the four levels, multiples of 4, from full to 1/8 resolution")
-    p.add_argument("--kl-weight", type=number(0), default=3e-4, help="weight of the KL term, per latent entry")
+    p.add_argument("--loss", choices=LOSSES, default="mse", help="of the reconstruction")
+    p.add_argument("--kl-weight", type=number(0), default=1e-6, help="weight of the KL term, per latent entry")
+    p.add_argument("--optimizer", choices=OPTIMISERS, default="muon", help="Muon, or AdamW, which learns slower")
+    p.add_argument("--lr", type=number(1e-7), default=2e-3, help="learning rate, after a warm-up; a half cosine to 0")
+    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                   help="of training")
     p.add_argument("--scales", type=integer(16), nargs="+", default=(256, 256, 128, 128, 64), metavar="PIXELS",
                    help="short sides at which images are seen; one is drawn for each crop")
     p.add_argument("--sizes", type=integer(16), nargs="+", default=(256, 128, 64), metavar="PIXELS",

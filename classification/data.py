@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from classification.filtering import classifier_file
 from classification.synthetic import choose, columns, leaks_of, open_synthetic
 from core.errors import UserError
 from dataset import leaks
@@ -23,9 +24,27 @@ class Fold:
     test: LabelledImages
     real: int  # how many of the training images are real
     synthetic: list  # of Synthetic
+    pools: list  # of (LabelledImages, labels (n, K)), all images of each of them
     hashes: dict  # split -> SHA-256 of its CSV file
     remarks: list  # warnings for whoever reads the scores
     seen: list  # identities (dataset/leaks.py) of the real training images
+    filter: Path | None = None  # the file of a classifier that judges the generated images
+    filtered: dict | None = None  # what it said of them (classification/filtering.py)
+
+    def mixed(self, ratio, seed, kept=None):
+        """The same fold, its real training images joined by generated ones.
+
+        Of each pool `kept` (indices, ascending; None: all) are taken, over all pools at most `ratio` images for each
+        real one (None: any number), chosen by `seed`.
+        """
+        training = self.training.take(range(self.real))
+        limit = sum(len(split) for split, _ in self.pools) if ratio is None else \
+            int(ratio * self.real) // max(1, len(self.pools))
+        for i, (split, labels) in enumerate(self.pools):
+            mine = range(len(split)) if kept is None else kept[i]
+            chosen = choose(len(mine), limit, self.real, seed, i)
+            training = joined(training, split, labels, [mine[j] for j in chosen])
+        return replace(self, training=training)
 
 
 def folds_of(root, asked):
@@ -39,11 +58,12 @@ def folds_of(root, asked):
     return folds
 
 
-def read_fold(root, number, labels=None, synthetic=(), synthetic_ratio=None, allow_leaks=False, seed=0):
+def read_fold(root, number, labels=None, synthetic=(), synthetic_ratio=None, allow_leaks=False, seed=0, judge=None):
     """Everything about a fold but pixels. Raises UserError, for leaks too unless `allow_leaks`.
 
     `labels`: names of those to learn (None: all). `synthetic`: sample folders, or folders that hold one per fold; of
-    them at most `synthetic_ratio` images per real one are taken (None: all), chosen by `seed`.
+    them at most `synthetic_ratio` images per real one are taken (None: all), chosen by `seed`. `judge`: output folder
+    of classify.py whose network of this fold is to filter them.
     """
     splits = {"train": read_split(root, f"train_{number}"), "val": read_split(root, f"val_{number}"),
               "test": read_split(root, "test")}
@@ -58,19 +78,16 @@ def read_fold(root, number, labels=None, synthetic=(), synthetic_ratio=None, all
     reasons, remarks = all_leaks(splits, samples, root, number)
     if reasons and not allow_leaks:
         raise UserError(f"{reasons[0]}; scores would flatter (--allow-leaks computes them all the same)")
-    training = with_labels(real, label_names)
-    for i, (s, y) in enumerate(zip(samples, sample_labels, strict=True)):
-        limit = len(s.split)
-        if synthetic_ratio is not None:
-            limit = int(synthetic_ratio * len(real)) // len(samples)
-        training = joined(training, s.split, y, choose(len(s.split), limit, len(real), seed, i))
     validation, test = with_labels(splits["val"], label_names), with_labels(splits["test"], label_names)
     if not (validation.labels.any(0) & ~validation.labels.all(0)).any():
         raise UserError(f"{splits['val'].csv}: no label has images with and without it, expected one at least to "
                         "choose the network by; prepare more patients or fewer folds")
-    return Fold(number, label_names, training, validation, test, real=len(real), synthetic=samples,
+    fold = Fold(number, label_names, with_labels(real, label_names), validation, test, real=len(real),
+                synthetic=samples, pools=[(s.split, y) for s, y in zip(samples, sample_labels, strict=True)],
                 hashes={name: fingerprint(split) for name, split in splits.items()},
-                remarks=[f"LEAK: {reason}" for reason in reasons] + remarks, seen=leaks.identities(real))
+                remarks=[f"LEAK: {reason}" for reason in reasons] + remarks, seen=leaks.identities(real),
+                filter=judge and classifier_file(judge, number))
+    return fold.mixed(synthetic_ratio, seed)
 
 
 def all_leaks(splits, samples, root, number):

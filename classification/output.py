@@ -9,7 +9,7 @@ from pathlib import Path
 from classification.report import fold_folder
 from core import claims, runs
 from core.errors import UserError
-from core.files import make_folder
+from core.files import file_hash, make_folder
 
 DEFAULT = "results_classify"
 RENAMED = {"real_to_synthetic": ("synthetic_ratio", {})}  # settings of older folders
@@ -18,7 +18,8 @@ RENAMED = {"real_to_synthetic": ("synthetic_ratio", {})}  # settings of older fo
 def settings_of_fold(settings, fold):
     """What the runs of one fold must share: the settings of all folds, and its images."""
     return settings | {"fold": fold.number, "training_images": fold.hashes["train"],
-                       "validation_images": fold.hashes["val"], "synthetic": [s.identity for s in fold.synthetic]}
+                       "validation_images": fold.hashes["val"], "synthetic": [s.identity for s in fold.synthetic],
+                       "filter": fold.filter and file_hash(fold.filter)}
 
 
 def find_output(folder, method, settings, folds, defaults):

@@ -9,18 +9,19 @@ OPTIMISERS = ("adamw", "muon")
 MOMENTUM = 0.95  # of Muon, as in its authors' runs
 
 
-def make_optimiser(net, name, lr, betas):
+def make_optimiser(net, name, lr, betas, edges):
     """`name` of OPTIMISERS -> torch.optim.Optimizer without weight decay; `betas` are AdamW's two decays.
 
     Muon (Jordan et al. 2024) replaces the update of a weight matrix by the nearest semi-orthogonal one, scaled to the
     size that AdamW's updates have (Liu et al. 2025, eq. 4), so that learning rates of the two can be compared.
     Convolutions are matrices with a row per output channel. Vectors, the label table and the first and last layer
-    (`net.edges`) are NAdamW's: Muon's authors advise an Adam there, timm takes the one with Nesterov's momentum.
+    (names that start with one of `edges`) are NAdamW's: Muon's authors advise an Adam there, timm takes the one with
+    Nesterov's momentum.
     """
     if name == "adamw":
         return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0)
     parameters = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
-    edges = (*net.edges, LABEL_TABLE)
+    edges = (*edges, LABEL_TABLE)
     matrices = [p for key, p in parameters if p.ndim > 1 and not key.startswith(edges)]
     others = [p for key, p in parameters if p.ndim == 1 or key.startswith(edges)]
     return Muon([{"params": matrices}, {"params": others, "use_fallback": True}], lr=lr, betas=betas, weight_decay=0,

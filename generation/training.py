@@ -136,7 +136,7 @@ class Training:
         self.averages = {decay: copy.deepcopy(self.ema) for decay in options.more_ema_decays}
         if options.compile:  # after the averages were copied: a copy would go on computing with these weights
             net.compile_parts()
-        optimiser = make_optimiser(net, options.optimizer, options.lr, tuple(options.adam_betas))
+        optimiser = make_optimiser(net, options.optimizer, options.lr, tuple(options.adam_betas), net.edges)
         self.net, self.optimiser = accelerator.prepare(net, optimiser)
         self.step, self.best_kid, self.minutes, self.time_share = 0, math.inf, 0.0, 0.0
         self.history = []  # what changed when the run was continued: {"step": …, "changed": flag -> [before, after]}

@@ -16,7 +16,7 @@ from conftest import call_script, ctrl_c_at, generators, run_script, succeeded
 from PIL import Image
 
 import classify
-from classification import batches
+from classification import batches, filtering
 from classification.data import Fold, read_fold
 from classification.dropout import DropoutByImage
 from classification.network import build, has_batch_norm, load_classifier, save, synchronise_batch_norm
@@ -186,6 +186,58 @@ def test_equal_updates_with_and_without_synthetic_images(data, synthetic, tmp_pa
     assert steps[0] == steps[1] == ([1, 2, 3, 4, 5, 6], [3, 6])
     fold = results(tmp_path / "b")["folds"]["0"]
     assert fold["n_synthetic"] == int(1.5 * fold["n_train"])
+
+
+def test_a_filter_leaves_out_what_does_not_show_its_labels(data, baseline, tmp_path):
+    """Real images, mirrored, and as many whose labels are those of other images: the wrong ones go, and it is said."""
+    split = read_split(data, "train_0")
+    wrong = np.roll(split.labels, 1, axis=0)
+    folder = sample_folder(tmp_path, data, rounds=2, labels=split.labels)
+    write_split(folder, "train_syn_0", [f"gen_samples/{i:06d}.png" for i in range(2 * len(split))],
+                np.concatenate([split.labels, wrong]), split.label_names, [f"s{i}" for i in range(2 * len(split))])
+    classifier = filtering.classifier_file(baseline, 0)
+    fold = read_fold(data, 0, synthetic=[folder], judge=baseline)
+    kept, report = filtering.sift(filtering.open_filter(classifier, fold, "cpu"), fold, 0.5, 8)
+    (kept,), (said,) = kept, report["folders"]
+    assert said["images"] == 2 * len(split) and said["kept"] == len(kept) < 2 * len(split)
+    changed = (split.labels != wrong).any(1)
+    right = sum(i < len(split) and bool(changed[i]) for i in kept)
+    swapped = sum(i >= len(split) and bool(changed[i - len(split)]) for i in kept)
+    assert right > swapped
+    assert sum(ours for ours, _ in said["kept_of_label"].values()) == fold.pools[0][1][kept].sum()
+
+    out = tmp_path / "out"
+    told = succeeded(run(data, out, "--fold", 0, "--synthetic", folder, "--filter", baseline, "--filter-quantile", 0.5))
+    found = results(out)["folds"]["0"]
+    assert found["filter"] == report and found["n_synthetic"] == len(kept)
+    assert f"filter: {len(kept)} of {2 * len(split)} generated images kept" in told
+    other = run(data, out, "--fold", 0, "--synthetic", folder, "--filter-quantile", 0.5)
+    assert other.returncode == 2 and "filter" in other.stderr
+
+
+def test_limits_are_those_of_validation_images():
+    likelihood = filtering.label_likelihood([[0.5, 1.0], [0.25, 0.0]], np.array([[1, 1], [0.5, 1]]))
+    assert likelihood == pytest.approx([np.log(0.5) / 2, (np.log(0.25 * 0.75) / 2 + np.log(1e-7)) / 2], abs=1e-6)
+    bounds = filtering.limits(np.arange(11.0), np.arange(11.0), 0.1)
+    assert (bounds.likelihood, bounds.distance) == (1, 9)
+
+
+def test_filters_that_may_not_judge_are_refused(data, baseline, synthetic, tmp_path):
+    def said(*more):
+        ended = run(data, tmp_path / "out", "--synthetic", synthetic, "--fold", 0, *more)
+        assert ended.returncode == 2 and not (tmp_path / "out").exists()
+        return ended.stderr
+
+    assert "expected the output of classify.py on real images" in said("--filter", tmp_path)
+    assert "needs --synthetic" in run(data, tmp_path / "out", "--filter", baseline).stderr
+    seen = leaks.identities(read_split(data, "test"))
+    for other, words in (({"seen": None}, "does not say which images"), ({"synthetic": 3}, "expected real ones alone"),
+                         ({"label_names": ["x"] * 11}, "knows the labels x"),
+                         ({"seen": seen}, "images of test.csv, expected none")):
+        file = tmp_path / "other" / "fold-0" / "checkpoints" / "best_ckpt.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.load(filtering.classifier_file(baseline, 0), weights_only=True) | other, file)
+        assert words in said("--filter", tmp_path / "other")
 
 
 def test_the_older_spelling_of_the_ratio_goes_on_in_the_same_folder(data, synthetic, tmp_path):
@@ -665,7 +717,7 @@ def test_eyes_are_scored_where_they_are_known():
     known, unknown = labelled("x", "x", "y", "z"), labelled()
     results = {}
     for name, validation, test in (("both", known, known), ("validation", known, unknown), ("test", unknown, known)):
-        fold = Fold(0, ("A",), test, validation, test, 4, [], {}, [], [])
+        fold = Fold(0, ("A",), test, validation, test, 4, [], [], {}, [], [])
         result, arrays = fold_result(fold, scores, scores, {}, 0)
         results[name] = result["levels"] | {"arrays": arrays}
     image, eye = results["both"]["image"]["0.5"], results["both"]["eye"]["0.5"]
