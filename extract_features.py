@@ -154,7 +154,7 @@ def parser():
     p.add_argument("--features-path", type=Path, required=True, metavar="DIR", help="where the cache goes")
     p.add_argument("--fold", type=integer(0), default=0, help="encode train_{fold}.csv")
     p.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")
-    p.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
+    p.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina or retina-2 (bundled) or a folder")
     p.add_argument("--image-space", action="store_true", help="no VAE: store pixels")
     p.add_argument("--global-batch-size", type=integer(1), default=PAPER_TRAINING["global_batch_size"],
                    help="images per step over all processes")

@@ -267,7 +267,7 @@ def add_sampling_flags(p):
     p.add_argument("--in-channels", type=integer(1), help="latent channels (default: the checkpoint's)")
     p.add_argument("--image-space", action="store_true", default=None,
                    help="the model diffuses pixels (default: as the checkpoint says)")
-    p.add_argument("--vae", help="ema, mse, retina or a folder (default: the checkpoint's)")
+    p.add_argument("--vae", help="ema, mse, retina, retina-2 or a folder (default: the checkpoint's)")
     p.add_argument("--multi-scale", action="store_true", default=None,
                    help="the model was trained so (default: as the checkpoint says)")
     p.add_argument("--weights", default="ema", metavar="KIND", help="ema (averaged), model (raw) or ema:DECAY, one of "

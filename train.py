@@ -294,7 +294,7 @@ def parser():
     g.add_argument("--fold", type=integer(0), default=0, help="train on train_{fold}, validate on val_{fold}")
     g.add_argument("--num-classes", type=integer(1), help="labels expected in the CSV (default: what it has)")
     g.add_argument("--image-size", type=integer(8, 2048), help="side of the square crop, in pixels")
-    g.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina (bundled) or a folder")
+    g.add_argument("--vae", help="ema, mse (stabilityai/sd-vae-ft-*), retina or retina-2 (bundled) or a folder")
     g.add_argument("--image-space", action="store_true", help="diffuse pixels, without a VAE")
     g.add_argument("--in-channels", type=integer(1), help="latent channels (default: the VAE's)")
     g.add_argument("--multi-scale", action="store_true", help="noisy steps on coarser grids (needs a multiple of 4)")

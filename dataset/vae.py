@@ -17,10 +17,12 @@ from core.files import read_json
 from core.schema import Number
 from core.tensors import weights_hash
 
+BUNDLED = Path(__file__).resolve().parent.parent / "assets"
 NAMED = {  # --vae NAME -> where it comes from
     "ema": ASSETS["vae-ema"].source,
     "mse": ASSETS["vae-mse"].source,
-    "retina": str(Path(__file__).resolve().parent.parent / "assets" / "vae-retina"),
+    "retina": str(BUNDLED / "vae-retina"),
+    "retina-2": str(BUNDLED / "vae-retina-2"),
 }
 WIDTH = Number(1, 4096)
 CONFIG = {  # of config.json: what is used here, or would make diffusers load something else
@@ -83,7 +85,7 @@ class PixelCodec:
 
 
 def open_codec(vae, image_space=False, device="cpu"):
-    """The codec that the flags `--vae` (ema, mse, retina or a folder) and `--image_space` ask for."""
+    """The codec that the flags `--vae` (a name of NAMED, or a folder) and `--image_space` ask for."""
     return PixelCodec() if image_space else VaeCodec(vae, device)
 
 
@@ -120,7 +122,7 @@ def _load(name):
     if not os.path.isdir(folder):
         if f"vae-{name}" not in ASSETS:
             raise UserError(f"--vae {name}: no such folder (expected {', '.join(NAMED)} or a diffusers VAE folder)")
-        instead = ", or use the bundled autoencoder: --vae retina"
+        instead = ", or use a bundled autoencoder: --vae retina or retina-2"
         folder = weights_file(ASSETS[f"vae-{name}"], f"--vae {name}", instead).parent
     config, weights = (Path(folder) / file for file in DIFFUSERS)
     if not (config.is_file() and weights.is_file()) or any(Path(folder).glob("*.index.json")):  # weights elsewhere

@@ -146,7 +146,7 @@ def parser():
     p.add_argument("--real", type=Path, required=True, metavar="ROOT", help="data root with a test.csv")
     p.add_argument("--other", type=Path, metavar="ROOT", help="data root of another modality")
     p.add_argument("--vae", metavar="NAME", help="also score the test images, encoded and decoded by this autoencoder: "
-                   "ema, mse, retina or a folder")
+                   "ema, mse, retina, retina-2 or a folder")
     outside.add_flag(p)
     p.add_argument("--fold", type=integer(0), default=0, help="whose images are the training and validation images")
     p.add_argument("--image-size", type=integer(8, 2048), default=256, help="side of the images, in pixels")

@@ -310,7 +310,7 @@ def parser():
     g.add_argument("--model-preset", metavar="NAME", help="train and sample model M with --preset NAME-m; what is "
                    "given here comes first")
     g.add_argument("--image-size", type=integer(8, 2048), help="pixels")
-    g.add_argument("--vae", help="ema, mse, retina or a folder")
+    g.add_argument("--vae", help="ema, mse, retina, retina-2 or a folder")
     g.add_argument("--epochs", type=integer(1), help="of train.py")
     g.add_argument("--batch", type=integer(1), help="images per training step over all processes")
     g.add_argument("--validate-every", type=integer(1), metavar="EPOCHS", help="of train.py")
