@@ -23,6 +23,7 @@ from core.files import make_folder, read_jsonl  # noqa: E402
 from dataset.sources import phantom  # noqa: E402
 
 DRAWN, SIDE, FEW = 200, 64, 1000
+TRAINED = 30  # seconds of training after the first step
 LEFT = 32  # images that a continued sampling still has to make
 CHECKPOINT = "assets/geca-xs-phantom/geca-xs-phantom.pt"
 
@@ -81,11 +82,13 @@ def prepared(folder, count):
 
 
 def trained(folder):
-    """Train for half a minute; -> seconds to the first step, steps/s after it, peak memory in MiB."""
+    """Train for TRAINED seconds; -> seconds to the first step, steps/s after it, peak memory in MiB."""
     process = started(("train.py", "--preset", "small-geca-xs", "--data-path", folder / "root", "--feature-path",
-                       folder / "store", "--log-every", 1, "--max-minutes", 0.6, "--val-samples", 2,
-                       "--num-sampling-steps", 2, "--results-dir", folder / "results"))
+                       folder / "store", "--log-every", 1, "--val-samples", 2, "--num-sampling-steps", 2,
+                       "--results-dir", folder / "results"))
     first = wait_for("results/*/metrics.jsonl", folder, process)
+    time.sleep(TRAINED)
+    process.send_signal(signal.SIGTERM)
     process.stderr.read()
     usage = os.wait4(process.pid, 0)[2]
     lines = read_jsonl(next(folder.glob("results/*/metrics.jsonl")), "measure again", {})
